@@ -1,0 +1,38 @@
+// Errors: a kind, and a message that names the argument, what was expected and what came.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace flashomni {
+
+/// What Python sees the error as.
+enum class ErrorKind { kValue, kType, kNotImplemented, kRuntime };
+
+/// The only exception that this library throws. Thrown before anything is written.
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
+  ErrorKind kind() const { return kind_; }
+  /// "ValueError", "TypeError", "NotImplementedError" or "RuntimeError".
+  const char* kind_name() const;
+
+ private:
+  ErrorKind kind_;
+};
+
+/// Throws Error(kind, "<argument>: expected <expected>, got <got>").
+[[noreturn]] void fail(ErrorKind kind, const std::string& argument, const std::string& expected,
+                       const std::string& got);
+
+/// Concatenates printable parts, for messages.
+template <class... Parts>
+std::string text(Parts&&... parts) {
+  std::ostringstream stream;
+  (stream << ... << std::forward<Parts>(parts));
+  return stream.str();
+}
+
+}  // namespace flashomni
