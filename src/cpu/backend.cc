@@ -1,0 +1,68 @@
+// The CPU's row of the backend table: every operator goes to the instruction set's kernels.
+#include <omp.h>
+
+#include "src/cpu/cpu.h"
+#include "src/cpu/kernels.h"
+#include "src/cpu/select.h"
+
+namespace flashomni {
+namespace {
+
+int threads_of(const Context& context) { return context.threads > 0 ? context.threads : omp_get_max_threads(); }
+
+template <auto kMember, class Arguments>
+size_t workspace(const Arguments& arguments, const Context& context) {
+  return (cpu::kernels().*kMember)(arguments, threads_of(context));
+}
+template <auto kMember, class Arguments>
+void run(const Arguments& arguments, const Context& context) {
+  (cpu::kernels().*kMember)(arguments, threads_of(context));
+}
+template <auto kMember, class Arguments>
+void run_in(const Arguments& arguments, const Context& context) {
+  (cpu::kernels().*kMember)(arguments, context.workspace, threads_of(context));
+}
+
+size_t select_workspace(const SelectArguments& arguments, const Context& context) {
+  return cpu::select_workspace(arguments, threads_of(context));
+}
+void select(const SelectArguments& arguments, const Context& context) {
+  cpu::select(arguments, context.workspace, threads_of(context));
+}
+
+bool serves(Device device, std::string* reason) {
+  if (device.type == DeviceType::kCPU) {
+    *reason = std::string("instruction set ") + cpu::kernels().isa;
+    return true;
+  }
+  *reason = "serves CPU tensors only";
+  return false;
+}
+
+}  // namespace
+
+const Backend& cpu_backend() {
+  using cpu::KernelTable;
+  static const Backend backend = {
+      .name = "cpu",
+      .device = DeviceType::kCPU,
+      .serves = serves,
+      .attention_workspace = workspace<&KernelTable::attention_workspace, AttentionArguments>,
+      .attention = run_in<&KernelTable::attention, AttentionArguments>,
+      .gemm_q_workspace = workspace<&KernelTable::gemm_q_workspace, GemmQArguments>,
+      .gemm_q = run_in<&KernelTable::gemm_q, GemmQArguments>,
+      .gemm_o_update_workspace = workspace<&KernelTable::gemm_o_update_workspace, GemmOUpdateArguments>,
+      .gemm_o_update = run_in<&KernelTable::gemm_o_update, GemmOUpdateArguments>,
+      .gemm_o_dispatch_workspace = workspace<&KernelTable::gemm_o_dispatch_workspace, GemmODispatchArguments>,
+      .gemm_o_dispatch = run_in<&KernelTable::gemm_o_dispatch, GemmODispatchArguments>,
+      .block_mean = run<&KernelTable::block_mean, BlockMeanArguments>,
+      .select_flashomni_workspace = select_workspace,
+      .select_flashomni = select,
+      .norm_rope = run<&KernelTable::norm_rope, NormRopeArguments>,
+      .taylor_update = run<&KernelTable::taylor_update, TaylorUpdateArguments>,
+      .taylor_forecast = run<&KernelTable::taylor_forecast, TaylorForecastArguments>,
+  };
+  return backend;
+}
+
+}  // namespace flashomni

@@ -1,0 +1,155 @@
+// Memory-bound neighbours of attention: block means, QK norm with RoPE, Taylor differences and forecasts.
+#pragma once
+
+#include <omp.h>
+
+#include <type_traits>
+
+#include "src/cpu/convert.h"
+#include "src/cpu/kernels.h"
+#include "src/cpu/workspace.h"
+
+namespace flashomni::cpu {
+namespace FLASHOMNI_ISA {
+namespace {
+
+constexpr int64_t kRun = 256;  // elements converted at a time, on the stack
+
+template <class T>
+inline void block_mean_as(const BlockMeanArguments& a, int threads) {
+  const int64_t batch = a.x.shape[0], tokens = a.x.shape[1], heads = a.x.shape[2], dim = a.x.shape[3];
+  const int64_t blocks = ceil_div(tokens, a.block);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t first = i * a.block, count = at_most(a.block, tokens - first);
+      float sum[kRun], row[kRun];  // head_dim is at most 256
+      for (int64_t h = 0; h < heads; ++h) {
+        std::memset(sum, 0, sizeof sum);
+        const T* x = static_cast<const T*>(a.x.data) + b * a.x.strides[0] + first * a.x.strides[1] + h * a.x.strides[2];
+        for (int64_t t = 0; t < count; ++t) {
+          to_floats(x + t * a.x.strides[1], row, dim);
+          for (int64_t d = 0; d < dim; ++d) sum[d] += row[d];
+        }
+        float* out = static_cast<float*>(a.out.data) + b * a.out.strides[0] + i * a.out.strides[1] + h * a.out.strides[2];
+        for (int64_t d = 0; d < dim; ++d) out[d] = sum[d] / static_cast<float>(count);
+      }
+    }
+  }
+}
+
+inline void rotate(float* row, const float* cosine, const float* sine, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 2) {
+    const float even = row[d], odd = row[d + 1];
+    row[d] = even * cosine[d] - odd * sine[d];
+    row[d + 1] = odd * cosine[d + 1] + even * sine[d + 1];
+  }
+}
+
+inline void normalize(float* row, const float* weight, float eps, int64_t dim) {
+  Float squares{};
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) squares += load(row + d) * load(row + d);
+  float sum = total(squares);
+  for (; d < dim; ++d) sum += row[d] * row[d];
+  const float factor = 1.0f / __builtin_sqrtf(sum / static_cast<float>(dim) + eps);
+  for (d = 0; d < dim; ++d) row[d] *= factor * weight[d];
+}
+
+template <class T>
+inline void norm_rope_as(const NormRopeArguments& a, int threads) {
+  const int64_t batch = a.x.shape[0], tokens = a.x.shape[1], heads = a.x.shape[2], dim = a.x.shape[3];
+  float weight[kRun];
+  if (a.weight.ndim >= 0) to_floats(static_cast<const T*>(a.weight.data), weight, dim);
+#pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(threads)
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const uint8_t* bits = element_bytes(a.cache, TensorView{}, b);
+      const int64_t position = a.row_offset + t, first_bit = position / a.block_q * heads;
+      float row[kRun];
+      for (int64_t h = 0; h < heads; ++h) {
+        if (!bit_at(bits, first_bit + h)) continue;
+        T* x = static_cast<T*>(a.x.data) + b * a.x.strides[0] + t * a.x.strides[1] + h * a.x.strides[2];
+        to_floats(x, row, dim);
+        if (a.weight.ndim >= 0) normalize(row, weight, a.eps, dim);
+        if (a.cos.ndim >= 0) {
+          rotate(row, static_cast<const float*>(a.cos.data) + position * a.cos.strides[0],
+                 static_cast<const float*>(a.sin.data) + position * a.sin.strides[0], dim);
+        }
+        from_floats(row, x, dim);
+      }
+    }
+  }
+}
+
+/// A view's innermost rows, by number: all leading dimensions flattened.
+template <class T>
+inline T* flat_row(const TensorView& view, int64_t row) {
+  int64_t offset = 0;
+  for (int dim = view.ndim - 2; dim >= 0; --dim) {
+    offset += row % view.shape[dim] * view.strides[dim];
+    row /= view.shape[dim];
+  }
+  return static_cast<T*>(view.data) + offset;
+}
+
+/// Calls f(row, column, count) for runs that cover a tensor of `view`'s shape.
+template <class F>
+inline void for_runs(const TensorView& view, int threads, F&& f) {
+  const int64_t width = view.shape[view.ndim - 1];
+  int64_t rows = 1;
+  for (int dim = 0; dim + 1 < view.ndim; ++dim) rows *= view.shape[dim];
+  const int64_t runs = ceil_div(width, kRun);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t run = 0; run < runs; ++run) f(row, run * kRun, at_most(kRun, width - run * kRun));
+  }
+}
+
+template <class T>
+inline void taylor_update_as(const TaylorUpdateArguments& a, int threads) {
+  const float per_step = 1.0f / a.gap;
+  for_runs(a.feature, threads, [&](int64_t row, int64_t column, int64_t n) {
+    float now[kRun], old[kRun];
+    to_floats(flat_row<const T>(a.feature, row) + column, now, n);
+    for (int32_t i = 0; i < a.orders; ++i) {
+      T* derivative = flat_row<T>(a.derivatives[i], row) + column;
+      const bool more = i < a.valid;  // otherwise what is there is no history
+      if (more) to_floats(derivative, old, n);
+      from_floats(now, derivative, n);
+      for (int64_t j = 0; j < n; ++j) now[j] = more ? (now[j] - old[j]) * per_step : 0.0f;
+    }
+  });
+}
+
+template <class T>
+inline void taylor_forecast_as(const TaylorForecastArguments& a, int threads) {
+  const float* coefficients = static_cast<const float*>(a.coefficients.data);
+  for_runs(a.out, threads, [&](int64_t row, int64_t column, int64_t n) {
+    float sum[kRun] = {}, term[kRun];
+    for (int32_t i = 0; i < a.orders; ++i) {
+      const float c = coefficients[a.coefficients.strides[0] * i];
+      if (c == 0.0f) continue;  // an order without history may hold anything
+      to_floats(flat_row<const T>(a.derivatives[i], row) + column, term, n);
+      for (int64_t j = 0; j < n; ++j) sum[j] += c * term[j];
+    }
+    from_floats(sum, flat_row<T>(a.out, row) + column, n);
+  });
+}
+
+inline void block_mean(const BlockMeanArguments& a, int threads) {
+  with_type(a.x.dtype, [&](auto* t) { block_mean_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
+}
+inline void norm_rope(const NormRopeArguments& a, int threads) {
+  with_type(a.x.dtype, [&](auto* t) { norm_rope_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
+}
+inline void taylor_update(const TaylorUpdateArguments& a, int threads) {
+  with_type(a.feature.dtype, [&](auto* t) { taylor_update_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
+}
+inline void taylor_forecast(const TaylorForecastArguments& a, int threads) {
+  with_type(a.out.dtype, [&](auto* t) { taylor_forecast_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
+}
+
+}  // namespace
+}  // namespace FLASHOMNI_ISA
+}  // namespace flashomni::cpu
