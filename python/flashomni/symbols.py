@@ -221,8 +221,8 @@ class SparseSymbols:
     def block_lists(self, capacity: int | None = None) -> tuple[Tensor, Tensor]:
         """(indices int32 [B, H, q_blocks, capacity] ascending, counts int32 [B, H, q_blocks]).
 
-        Cached rows have count 0; slots past the count hold 0. capacity: kv_blocks unless given; ValueError where
-        a row needs more.
+        Cached rows have count 0; slots past the count hold 0. capacity: kv_blocks unless given; ValueError
+        where a row needs more.
         """
         cache, skip = self.masks()
         selected = cache.unsqueeze(-1) & skip

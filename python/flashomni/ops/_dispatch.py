@@ -1,0 +1,135 @@
+"""How an operator is called: straight into the native library, or as a torch.library operator."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from flashomni._native import library
+from flashomni.symbols import SparseSymbols
+
+_torch_library = torch.library.Library("flashomni", "DEF")
+_local = threading.local()
+_FIRST_BYTES = 1 << 16
+
+
+def define(schema: str, call: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines `flashomni::<schema>` as `call`, with `fake` for tracing. Returns the OpOverload."""
+    name = schema[: schema.index("(")]
+    _torch_library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    _torch_library.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashomni::{name}", fake, lib=_torch_library)
+    return getattr(torch.ops.flashomni, name).default
+
+
+def no_result(*_: Any) -> None:
+    """The fake of an operator that only writes into its arguments."""
+
+
+def is_direct(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], required: int) -> bool:
+    """Checks the tensor arguments; True if they can go straight to the native library.
+
+    TypeError for what is no tensor (the first `required` may not be None), RuntimeError for tensors that require
+    grad, ValueError for lazily negated or conjugated views. False under torch.compile and for tensor subclasses,
+    which torch must see.
+    """
+    compiling = torch.compiler.is_compiling()
+    direct = not compiling
+    grad = torch.is_grad_enabled()
+    for i, tensor in enumerate(tensors):
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            if tensor is None and i >= required:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{names[i]}: expected a torch.Tensor, got {kind.__name__}")
+            direct = False
+        if grad and tensor.requires_grad:
+            raise RuntimeError(
+                f"{names[i]}: expected a tensor that does not require grad, as FlashOmni is for inference; "
+                "call it under torch.no_grad() or torch.inference_mode()"
+            )
+        if not compiling and (tensor.is_neg() or tensor.is_conj()):
+            raise ValueError(
+                f"{names[i]}: expected a plain tensor, got a lazily negated or conjugated view; "
+                "resolve it with .resolve_neg() or .resolve_conj()"
+            )
+    return direct
+
+
+def invoke(function: str, like: Tensor, *arguments: Any) -> None:
+    """Calls a native operator on the device of `like` with this thread's workspace there, grown as needed."""
+    native = getattr(library, function)
+    workspaces = _local.__dict__
+    device = "cpu" if like.is_cpu else like.device
+    workspace = workspaces.get(device)
+    if workspace is None:
+        workspace = workspaces[device] = _workspace(device, _FIRST_BYTES)
+    threads = torch.get_num_threads()
+    needed = native(*arguments, workspace, threads)
+    if needed:
+        workspace = workspaces[device] = _workspace(device, needed)
+        native(*arguments, workspace, threads)
+
+
+def _workspace(device: torch.device | str, size: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def expect_dims(name: str, tensor: Tensor, layout: str) -> None:
+    """ValueError unless `tensor` has as many dimensions as `layout`, e.g. "B, M, K", names."""
+    if tensor.ndim != layout.count(",") + 1:
+        raise ValueError(f"{name}: expected [{layout}], got {describe(tensor)}")
+
+
+def expect(name: str, what: str, value: Any, wanted: Any) -> None:
+    """ValueError unless two numbers agree."""
+    if value != wanted:
+        raise ValueError(f"{name}: expected {wanted} {what}, got {value}")
+
+
+def expect_integer(name: str, value: Any) -> None:
+    """TypeError unless `value` is an integer (or, while tracing, a symbolic one)."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def orders(name: str, tensors: Any, least: int, most: int) -> tuple[Tensor | None, ...]:
+    """A list of tensors as `most` arguments, None past its end."""
+    if isinstance(tensors, Tensor) or not hasattr(tensors, "__len__"):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
+    if not least <= len(tensors) <= most:
+        raise ValueError(f"{name}: expected {least} to {most} tensors, got {len(tensors)}")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected tensors, got {type(tensor).__name__}")
+    return (*tensors, *(None,) * (most - len(tensors)))
+
+
+def expect_symbols(symbols: Any) -> None:
+    if not isinstance(symbols, SparseSymbols):
+        raise TypeError(f"symbols: expected SparseSymbols, got {type(symbols).__name__}")
+
+
+def tile_arguments(symbols: SparseSymbols | None) -> tuple[Tensor | None, Tensor | None]:
+    """The cache bits of `symbols` with their indptr; (None, None) without symbols."""
+    if symbols is None:
+        return None, None
+    expect_symbols(symbols)
+    return symbols.cache, symbols.cache_indptr
+
+
+def new_output(shape: tuple[int, ...], like: Tensor, cache: Tensor | None, dtype: Any = None) -> Tensor:
+    """An output; zero where cached tiles will not be written."""
+    make = torch.empty if cache is None else torch.zeros
+    return make(shape, dtype=dtype or like.dtype, device=like.device)

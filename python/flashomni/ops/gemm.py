@@ -1,0 +1,230 @@
+"""The sparse linear layers of an attention block: GEMM-Q before it, GEMM-O after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from flashomni.ops._dispatch import (
+    define,
+    expect,
+    expect_dims,
+    expect_integer,
+    invoke,
+    is_direct,
+    new_output,
+    no_result,
+    orders,
+    tile_arguments,
+)
+from flashomni.symbols import SparseSymbols
+
+_ORDERS = 4
+_ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2}
+_TILE_NAMES = ("symbols.cache", "symbols.cache_indptr", "out")
+
+
+def _call_q(x: Tensor, *arguments: object) -> None:
+    invoke("gemm_q", x, x, *arguments)
+
+
+def _call_update(
+    o: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: Tensor | None,
+    cache_indptr: Tensor | None,
+    out: Tensor,
+    cached: Sequence[Tensor],
+    *numbers: int,
+) -> None:
+    o = (*o, *(None,) * (_ORDERS - len(o)))
+    cached = (*cached, *(None,) * (_ORDERS - len(cached)))
+    invoke("gemm_o_update", out, *o, weight, bias, cache, cache_indptr, out, *cached, *numbers)
+
+
+def _call_dispatch(
+    o: Tensor,
+    weight: Tensor,
+    cached: Sequence[Tensor],
+    coefficients: Tensor,
+    cache: Tensor | None,
+    cache_indptr: Tensor | None,
+    out: Tensor,
+    *numbers: int,
+) -> None:
+    cached = (*cached, *(None,) * (_ORDERS - len(cached)))
+    invoke("gemm_o_dispatch", o, o, weight, *cached, coefficients, cache, cache_indptr, out, *numbers)
+
+
+_q_operator = define(
+    "gemm_q(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? cache_indptr, Tensor(a!) out, "
+    "int heads, int tokens, int row_offset, int block_q, int activation) -> ()",
+    _call_q,
+    no_result,
+)
+_update_operator = define(
+    "gemm_o_update(Tensor[] o, Tensor weight, Tensor? bias, Tensor? cache, Tensor? cache_indptr, "
+    "Tensor(a!) out, Tensor(b!)[] cached, int head_dim, int heads, int tokens, int row_offset, "
+    "int block_q) -> ()",
+    _call_update,
+    no_result,
+)
+_dispatch_operator = define(
+    "gemm_o_dispatch(Tensor o, Tensor weight, Tensor[] cached, Tensor coefficients, Tensor? cache, "
+    "Tensor? cache_indptr, Tensor(a!) out, int head_dim, int heads, int tokens, int row_offset, "
+    "int block_q) -> ()",
+    _call_dispatch,
+    no_result,
+)
+
+
+def gemm_q(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    symbols: SparseSymbols | None = None,
+    *,
+    heads: int | None = None,
+    row_offset: int = 0,
+    activation: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """activation(x weight^T + bias), on the active (row block, head) tiles only.
+
+    x: [B, M, K], rows row_offset..row_offset + M of the joint sequence that the symbols describe; weight: [N,
+        K], N a multiple of the heads; bias: [N]. float32 (CPU), float16 or bfloat16, one dtype for all.
+    symbols: their cache bits; with one head, whole row blocks are computed or not. heads: the symbols' unless
+        given (1 without symbols).
+    activation: None, "gelu" or "gelu_tanh".
+    out: [B, M, N]; cached tiles stay as they were (zero where this allocates it).
+
+    Returns out. Raises ValueError, TypeError or NotImplementedError that names the argument, RuntimeError for
+    tensors that require grad.
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f'activation: expected None, "gelu" or "gelu_tanh", got {activation!r}')
+    cache, cache_indptr = tile_arguments(symbols)
+    names = ("x", "weight", "bias", *_TILE_NAMES)
+    direct = is_direct(names, (x, weight, bias, cache, cache_indptr, out), 2)
+    expect_dims("x", x, "B, M, K")
+    expect_dims("weight", weight, "N, K")
+    heads, *geometry = _geometry(symbols, x, 1 if heads is None and symbols is None else heads, row_offset)
+    if out is None:
+        out = new_output((x.shape[0], x.shape[1], weight.shape[0]), x, cache)
+    (_call_q if direct else _q_operator)(
+        x, weight, bias, cache, cache_indptr, out, heads, *geometry, _ACTIVATIONS[activation]
+    )
+    return out
+
+
+def gemm_o_update(
+    o: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    symbols: SparseSymbols | None,
+    *,
+    head_dim: int,
+    row_offset: int = 0,
+    derivatives: Sequence[Tensor] = (),
+    out: Tensor | None = None,
+    cached: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """GEMM-O at an Update: the dense result, and what Dispatch steps need of the cached heads.
+
+    cached[i] = (bias if i == 0) + sum over cached heads of (i-th derivative of o)_h W_h^T
+    out = cached[0] + sum over active heads of o_h W_h^T + the columns past the heads
+
+    o: [B, M, K], K >= heads * head_dim; further columns (a single block's MLP) are always active. weight: [N,
+        K];
+        bias: [N]. derivatives: the differences of order 1..D of o, D <= 3, [B, M, >= heads * head_dim] each.
+    symbols: their cache bits; rows as in gemm_q. out, cached: [B, M, N], D + 1 of the latter.
+
+    Returns (out, cached). Raises ValueError, TypeError or NotImplementedError that names the argument,
+    RuntimeError for tensors that require grad.
+    """
+    derivatives = tuple(derivatives)
+    orders("derivatives", derivatives, 0, _ORDERS - 1)
+    given = () if cached is None else tuple(cached)
+    if cached is not None:
+        orders("cached", given, len(derivatives) + 1, len(derivatives) + 1)
+    cache, cache_indptr = tile_arguments(symbols)
+    names = (
+        "o",
+        "weight",
+        "bias",
+        *_TILE_NAMES,
+        *("derivatives",) * len(derivatives),
+        *("cached",) * len(given),
+    )
+    direct = is_direct(names, (o, weight, bias, cache, cache_indptr, out, *derivatives, *given), 2)
+    expect_dims("o", o, "B, M, K")
+    expect_dims("weight", weight, "N, K")
+    geometry = _geometry(symbols, o, _heads_of(symbols, o, head_dim), row_offset)
+    shape = (o.shape[0], o.shape[1], weight.shape[0])
+    if out is None:
+        out = new_output(shape, o, None)
+    result = list(given) if given else [new_output(shape, o, None) for _ in range(len(derivatives) + 1)]
+    (_call_update if direct else _update_operator)(
+        [o, *derivatives], weight, bias, cache, cache_indptr, out, result, head_dim, *geometry
+    )
+    return out, result
+
+
+def gemm_o_dispatch(
+    o: Tensor,
+    weight: Tensor,
+    cached: Sequence[Tensor],
+    coefficients: Tensor,
+    symbols: SparseSymbols | None,
+    *,
+    head_dim: int,
+    row_offset: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """GEMM-O at a Dispatch.
+
+    out = sum_i coefficients[i] cached[i] + sum over active heads of o_h W_h^T + the columns past the heads
+
+    o, weight, symbols: as in gemm_o_update; the bias is inside cached[0]. o's cached tiles are not read.
+    cached: D + 1 tensors [B, M, N] from gemm_o_update; coefficients: float32 [D + 1] on the tensors' device
+    (flashomni.schedule.coefficients). out: [B, M, N].
+
+    Returns out. Raises ValueError, TypeError or NotImplementedError that names the argument, RuntimeError for
+    tensors that require grad.
+    """
+    cached = tuple(cached) if not isinstance(cached, Tensor) else cached
+    orders("cached", cached, 1, _ORDERS)
+    cache, cache_indptr = tile_arguments(symbols)
+    names = ("o", "weight", "coefficients", *_TILE_NAMES, *("cached",) * len(cached))
+    direct = is_direct(names, (o, weight, coefficients, cache, cache_indptr, out, *cached), 3)
+    expect_dims("o", o, "B, M, K")
+    expect_dims("weight", weight, "N, K")
+    geometry = _geometry(symbols, o, _heads_of(symbols, o, head_dim), row_offset)
+    if out is None:
+        out = new_output((o.shape[0], o.shape[1], weight.shape[0]), o, None)
+    (_call_dispatch if direct else _dispatch_operator)(
+        o, weight, list(cached), coefficients, cache, cache_indptr, out, head_dim, *geometry
+    )
+    return out
+
+
+def _heads_of(symbols: SparseSymbols | None, o: Tensor, head_dim: int) -> int:
+    expect_integer("head_dim", head_dim)
+    if head_dim < 1:
+        raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
+    # Without symbols every head is active, as the columns past the heads are: any number of them will do.
+    return symbols.heads if symbols is not None else max(1, o.shape[2] // head_dim)
+
+
+def _geometry(
+    symbols: SparseSymbols | None, x: Tensor, heads: int | None, row_offset: int
+) -> tuple[int, int, int, int]:
+    """(heads, tokens, row_offset, block_q) of the joint sequence that x's rows lie in."""
+    expect_integer("row_offset", row_offset)
+    if symbols is None:
+        return heads, row_offset + x.shape[1], row_offset, 128
+    expect("heads", "as in symbols", symbols.heads if heads is None else heads, symbols.heads)
+    expect("symbols.batch", "as in the matrix", symbols.batch, x.shape[0])
+    return symbols.heads, symbols.q_tokens, row_offset, symbols.block_q

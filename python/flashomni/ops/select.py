@@ -1,0 +1,145 @@
+"""From queries and keys to symbols: norm and RoPE, block means, and the paper's selection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashomni.ops._dispatch import (
+    define,
+    expect,
+    expect_dims,
+    expect_integer,
+    expect_symbols,
+    invoke,
+    is_direct,
+    no_result,
+    tile_arguments,
+)
+from flashomni.symbols import SparseSymbols
+
+
+def _call_mean(x: Tensor, *arguments: object) -> None:
+    invoke("block_mean", x, x, *arguments)
+
+
+def _call_select(q_mean: Tensor, *arguments: object) -> None:
+    invoke("select_flashomni", q_mean, q_mean, *arguments)
+
+
+def _call_norm(x: Tensor, *arguments: object) -> None:
+    invoke("norm_rope", x, x, *arguments)
+
+
+_mean_operator = define("block_mean(Tensor x, Tensor(a!) out, int block) -> ()", _call_mean, no_result)
+_select_operator = define(
+    "select_flashomni(Tensor q_mean, Tensor k_mean, Tensor(a!) cache, Tensor(b!) skip, int tokens, "
+    "int text_start, int text_length, float tau_q, float tau_kv, float s_q, float scale, int block_q, "
+    "int block_kv) -> ()",
+    _call_select,
+    no_result,
+)
+_norm_operator = define(
+    "norm_rope(Tensor(a!) x, Tensor? weight, Tensor? cos, Tensor? sin, Tensor? cache, float eps, "
+    "int row_offset, int tokens, int block_q) -> ()",
+    _call_norm,
+    no_result,
+)
+
+
+def block_mean(x: Tensor, block: int) -> Tensor:
+    """Means over blocks of tokens: x [B, N, H, D] of any float type -> float32 [B, ceil(N / block), H, D]."""
+    direct = is_direct(("x",), (x,), 1)
+    expect_dims("x", x, "B, N, H, D")
+    expect_integer("block", block)
+    if block < 1:
+        raise ValueError(f"block: expected at least 1, got {block}")
+    batch, tokens, heads, head_dim = x.shape
+    shape = (batch, -(-tokens // block), heads, head_dim)
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    (_call_mean if direct else _mean_operator)(x, out, block)
+    return out
+
+
+def select_flashomni(
+    q_mean: Tensor,
+    k_mean: Tensor,
+    symbols: SparseSymbols,
+    *,
+    text_start: int,
+    text_length: int,
+    tau_q: float,
+    tau_kv: float,
+    s_q: float = 0.0,
+    scale: float | None = None,
+) -> SparseSymbols:
+    """The paper's multi-granularity selection (arXiv 2509.25401, section 3), written into `symbols`.
+
+    q_mean: float32 [B, q_blocks, H, D]; k_mean: float32 [B, kv_blocks, Hkv, D]: block means after norm and
+        RoPE.
+    symbols: both parts present, [B, bytes] each, q_tokens == kv_tokens (a joint sequence).
+    text_start, text_length: where the text tokens lie; blocks that hold one are never cached nor skipped.
+    tau_q: share of importance to cache; tau_kv: softmax mass a row to skip; the ramp f(t) already applied.
+    s_q: where the share of active tiles of a batch element is <= s_q, all of it is reused; 0 switches that
+        off.
+    scale: 1 / sqrt(D) unless given.
+
+    Returns `symbols`. Raises ValueError or TypeError that names the argument, RuntimeError for tensors that
+    require grad.
+    """
+    expect_symbols(symbols)
+    if symbols.cache is None or symbols.skip is None:
+        raise ValueError("symbols: expected both cache and skip bits to write into, got None")
+    if symbols.cache_indptr is not None or symbols.skip_indptr is not None:
+        raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")
+    expect("symbols.kv_tokens", "as q_tokens", symbols.kv_tokens, symbols.q_tokens)
+    names = ("q_mean", "k_mean", "symbols.cache", "symbols.skip")
+    direct = is_direct(names, (q_mean, k_mean, symbols.cache, symbols.skip), 4)
+    expect_dims("q_mean", q_mean, "B, q_blocks, H, D")
+    expect("symbols.batch", "as in q_mean", symbols.batch, q_mean.shape[0])
+    expect("symbols.heads", "as in q_mean", symbols.heads, q_mean.shape[2])
+    expect_integer("text_start", text_start)
+    expect_integer("text_length", text_length)
+    (_call_select if direct else _select_operator)(
+        *(q_mean, k_mean, symbols.cache, symbols.skip, symbols.q_tokens, text_start, text_length),
+        *(tau_q, tau_kv, s_q, 0.0 if scale is None else scale, symbols.block_q, symbols.block_kv),
+    )
+    return symbols
+
+
+def norm_rope(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    symbols: SparseSymbols | None = None,
+    row_offset: int = 0,
+) -> Tensor:
+    """x = rope(rms_norm(x) * weight), in place on active tiles.
+
+    x: [B, N, H, D], any strides whose last is 1 (a view into a fused qkv will do): rows
+        row_offset..row_offset + N of the joint sequence. weight: [D] of x's dtype; None: no norm.
+    cos, sin: float32 [tokens, D], the joint sequence's rows, with pairs (2i, 2i + 1) as diffusers' FLUX has
+        them; both None: no rotation.
+    symbols: their cache bits; cached tiles stay as they were.
+
+    Returns x. Raises ValueError, TypeError or NotImplementedError that names the argument, RuntimeError for
+    tensors that require grad.
+    """
+    cache, cache_indptr = tile_arguments(symbols)
+    if cache_indptr is not None:
+        raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")
+    direct = is_direct(("x", "weight", "cos", "sin", "symbols.cache"), (x, weight, cos, sin, cache), 1)
+    expect_dims("x", x, "B, N, H, D")
+    expect_integer("row_offset", row_offset)
+    block_q = 128
+    if symbols is not None:
+        expect("symbols.batch", "as in x", symbols.batch, x.shape[0])
+        expect("symbols.heads", "as in x", symbols.heads, x.shape[2])
+        tokens, block_q = symbols.q_tokens, symbols.block_q
+    else:
+        tokens = row_offset + x.shape[1] if cos is None else cos.shape[0]
+    (_call_norm if direct else _norm_operator)(x, weight, cos, sin, cache, eps, row_offset, tokens, block_q)
+    return x
