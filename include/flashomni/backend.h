@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "flashomni/export.h"
 #include "flashomni/tensor.h"
 
 namespace flashomni {
@@ -52,18 +53,19 @@ struct Backend {
 };
 
 /// The backend for `device`: the first of the table that serves it, or the one that FLASHOMNI_BACKEND names.
-/// Throws NotImplementedError that lists every backend with its reason; ValueError if FLASHOMNI_BACKEND names none.
-const Backend& backend_for(Device device);
+/// Throws NotImplementedError that lists every backend with its reason; ValueError if FLASHOMNI_BACKEND names
+/// none.
+FLASHOMNI_API const Backend& backend_for(Device device);
 
 /// A row of the table, for `flashomni doctor`.
 struct BackendStatus {
   std::string name, device, reason;
   bool serves = false;
 };
-std::vector<BackendStatus> backend_statuses();
+FLASHOMNI_API std::vector<BackendStatus> backend_statuses();
 
-/// The CPU instruction set in use: "avx512bf16", "avx512", "avx2" or "generic". FLASHOMNI_CPU_ISA=name forces one;
-/// ValueError if the chip lacks it.
-const char* cpu_isa();
+/// The CPU instruction set in use: "avx512bf16", "avx512", "avx2" or "generic". FLASHOMNI_CPU_ISA=name forces
+/// one; ValueError if the chip lacks it.
+FLASHOMNI_API const char* cpu_isa();
 
 }  // namespace flashomni

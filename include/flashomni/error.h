@@ -6,13 +6,15 @@
 #include <string>
 #include <utility>
 
+#include "flashomni/export.h"
+
 namespace flashomni {
 
 /// What Python sees the error as.
 enum class ErrorKind { kValue, kType, kNotImplemented, kRuntime };
 
 /// The only exception that this library throws. Thrown before anything is written.
-class Error : public std::runtime_error {
+class FLASHOMNI_API Error : public std::runtime_error {
  public:
   Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
   ErrorKind kind() const { return kind_; }
@@ -24,8 +26,8 @@ class Error : public std::runtime_error {
 };
 
 /// Throws Error(kind, "<argument>: expected <expected>, got <got>").
-[[noreturn]] void fail(ErrorKind kind, const std::string& argument, const std::string& expected,
-                       const std::string& got);
+[[noreturn]] FLASHOMNI_API void fail(ErrorKind kind, const std::string& argument, const std::string& expected,
+                                     const std::string& got);
 
 /// Concatenates printable parts, for messages.
 template <class... Parts>

@@ -9,9 +9,9 @@
 
 namespace flashomni {
 
-/// Finite differences at an Update: new[0] = feature, new[i + 1] = (new[i] - old[i]) / gap for i < valid, 0 above.
-/// derivatives[i]: feature's shape, old in, new out; `orders` = D + 1 of them. `valid` <= orders - 1 says how many
-/// differences the history supports (0 at the first Update).
+/// Finite differences at an Update: new[0] = feature, new[i + 1] = (new[i] - old[i]) / gap for i < valid, 0
+/// above. derivatives[i]: feature's shape, old in, new out; `orders` = D + 1 of them. `valid` <= orders - 1
+/// says how many differences the history supports (0 at the first Update).
 struct TaylorUpdateArguments {
   TensorView feature;
   int32_t orders = 1;
@@ -19,7 +19,7 @@ struct TaylorUpdateArguments {
   int32_t valid = 0;
   float gap = 1;
 };
-void taylor_update(const TaylorUpdateArguments& arguments, const Context& context);
+FLASHOMNI_API void taylor_update(const TaylorUpdateArguments& arguments, const Context& context);
 
 /// out = sum_i coefficients[i] * derivatives[i]; coefficients float32 [orders].
 struct TaylorForecastArguments {
@@ -27,6 +27,6 @@ struct TaylorForecastArguments {
   std::array<TensorView, kMaxOrder + 1> derivatives;
   TensorView coefficients, out;
 };
-void taylor_forecast(const TaylorForecastArguments& arguments, const Context& context);
+FLASHOMNI_API void taylor_forecast(const TaylorForecastArguments& arguments, const Context& context);
 
 }  // namespace flashomni

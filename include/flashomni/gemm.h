@@ -31,10 +31,10 @@ struct GemmQArguments {
 };
 
 /// GEMM-O at an Update: cached[i] = (i == 0 ? bias : 0) + sum over cached heads of o[i]_h W_h^T, and
-/// out = cached[0] + sum over active heads of o[0]_h W_h^T + the columns past the heads: for D = 0 exactly one dense
-/// GEMM's work. o[0] [B, M, K] with K >= heads * head_dim: columns past the heads (a single block's MLP) are always
-/// active. o[i >= 1] [B, M, >= heads * head_dim]: the derivatives of o. weight [N, K]; bias [N] or absent;
-/// out and cached[i] [B, M, N].
+/// out = cached[0] + sum over active heads of o[0]_h W_h^T + the columns past the heads: for D = 0 exactly
+/// one dense GEMM's work. o[0] [B, M, K] with K >= heads * head_dim: columns past the heads (a single block's
+/// MLP) are always active. o[i >= 1] [B, M, >= heads * head_dim]: the derivatives of o. weight [N, K]; bias
+/// [N] or absent; out and cached[i] [B, M, N].
 struct GemmOUpdateArguments {
   int32_t orders = 1;  ///< D + 1: how many of o and cached are used
   std::array<TensorView, kMaxOrder + 1> o, cached;
@@ -43,8 +43,9 @@ struct GemmOUpdateArguments {
   TileSymbols tiles;
 };
 
-/// GEMM-O at a Dispatch: out = sum_i coefficients[i] cached[i] + sum over active heads of o_h W_h^T + the columns past
-/// the heads. The bias is inside cached[0]. coefficients float32 [orders], on the tensors' device.
+/// GEMM-O at a Dispatch: out = sum_i coefficients[i] cached[i] + sum over active heads of o_h W_h^T + the
+/// columns past the heads. The bias is inside cached[0]. coefficients float32 [orders], on the tensors'
+/// device.
 struct GemmODispatchArguments {
   int32_t orders = 1;
   TensorView o, weight, coefficients, out;
@@ -53,11 +54,12 @@ struct GemmODispatchArguments {
   TileSymbols tiles;
 };
 
-size_t gemm_q_workspace(const GemmQArguments& arguments, const Context& context);
-void gemm_q(const GemmQArguments& arguments, const Context& context);
-size_t gemm_o_update_workspace(const GemmOUpdateArguments& arguments, const Context& context);
-void gemm_o_update(const GemmOUpdateArguments& arguments, const Context& context);
-size_t gemm_o_dispatch_workspace(const GemmODispatchArguments& arguments, const Context& context);
-void gemm_o_dispatch(const GemmODispatchArguments& arguments, const Context& context);
+FLASHOMNI_API size_t gemm_q_workspace(const GemmQArguments& arguments, const Context& context);
+FLASHOMNI_API void gemm_q(const GemmQArguments& arguments, const Context& context);
+FLASHOMNI_API size_t gemm_o_update_workspace(const GemmOUpdateArguments& arguments, const Context& context);
+FLASHOMNI_API void gemm_o_update(const GemmOUpdateArguments& arguments, const Context& context);
+FLASHOMNI_API size_t gemm_o_dispatch_workspace(const GemmODispatchArguments& arguments,
+                                               const Context& context);
+FLASHOMNI_API void gemm_o_dispatch(const GemmODispatchArguments& arguments, const Context& context);
 
 }  // namespace flashomni

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "flashomni/export.h"
+
 namespace flashomni {
 
 enum class StepKind : int32_t {
@@ -23,17 +25,18 @@ struct ScheduleOptions {
 
 struct StepPlan {
   StepKind kind = StepKind::kFull;
-  bool record = false;       ///< feed this step's features to the forecast history (Updates, and the last D warm-up steps)
+  bool record =
+      false;  ///< feed this step's features to the forecast history (Updates, and the last D warm-up steps)
   int32_t since_update = 0;  ///< k: steps since the last Update; 0 unless Dispatch
   int32_t gap = 0;           ///< steps since the previous recorded step; 0 if there is none
   float ramp = 1.0f;         ///< f(t)
 };
 
-/// The plan of one step, 0 <= step < num_inference_steps. A window of one step only (an Update with no Dispatch after
-/// it) is Full. Throws ValueError on options out of range.
-StepPlan plan_step(const ScheduleOptions& options, int32_t step);
+/// The plan of one step, 0 <= step < num_inference_steps. A window of one step only (an Update with no
+/// Dispatch after it) is Full. Throws ValueError on options out of range.
+FLASHOMNI_API StepPlan plan_step(const ScheduleOptions& options, int32_t step);
 
 /// coefficients[i] = k^i / i!, i = 0..order (TaylorSeer, arXiv 2503.06923, eq. 6).
-void taylor_coefficients(int32_t order, float k, float* coefficients);
+FLASHOMNI_API void taylor_coefficients(int32_t order, float k, float* coefficients);
 
 }  // namespace flashomni

@@ -13,42 +13,45 @@ struct BlockMeanArguments {
   TensorView x, out;
   int32_t block = 128;
 };
-void block_mean(const BlockMeanArguments& arguments, const Context& context);
+FLASHOMNI_API void block_mean(const BlockMeanArguments& arguments, const Context& context);
 
-/// The multi-granularity selection of FlashOmni (arXiv 2509.25401, section 3): block means in, packed bits out.
+/// The multi-granularity selection of FlashOmni (arXiv 2509.25401, section 3): block means in, packed bits
+/// out.
 ///
-/// With P = scale * q_mean k_mean^T a head, softmaxes over it and text blocks = blocks that hold any text token:
+/// With P = scale * q_mean k_mean^T a head, softmaxes over it and text blocks = blocks that hold any text
+/// token:
 ///   C_i = sum over text rows j of softmax_row(P)[j, i]          what the text takes from vision block i
 ///   G_i = sum over text columns j of softmax_i(P[i, j])         what vision block i takes from the text
-/// the vision blocks with the smallest mean share of C and G are cached while their cumulative share <= tau_q; in each
-/// vision row the KV blocks with the smallest softmax mass are skipped while their cumulative mass <= tau_kv.
-/// Text rows and text columns are never cached nor skipped, a row keeps at least one block. Without text (text_length 0) nothing
-/// is cached. Where the share of active tiles of a batch element is <= s_q, all of its S_c bits become 0.
-/// Non-finite scores count as the lowest: the symbols are always valid.
+/// the vision blocks with the smallest mean share of C and G are cached while their cumulative share <=
+/// tau_q; in each vision row the KV blocks with the smallest softmax mass are skipped while their cumulative
+/// mass <= tau_kv. Text rows and text columns are never cached nor skipped, a row keeps at least one block.
+/// Without text (text_length 0) nothing is cached. Where the share of active tiles of a batch element is <=
+/// s_q, all of its S_c bits become 0. Non-finite scores count as the lowest: the symbols are always valid.
 struct SelectArguments {
-  TensorView q_mean;          ///< float32 [B, q_blocks, H, D]
-  TensorView k_mean;          ///< float32 [B, kv_blocks, Hkv, D]
-  Symbols symbols;            ///< written: cache [B, cache_bytes], skip [B, skip_bytes]; bits of cached rows are 0
-  int64_t tokens = 0;         ///< joint sequence length
-  int64_t text_start = 0;     ///< first text token
-  int64_t text_length = 0;    ///< text tokens
+  TensorView q_mean;   ///< float32 [B, q_blocks, H, D]
+  TensorView k_mean;   ///< float32 [B, kv_blocks, Hkv, D]
+  Symbols symbols;     ///< written: cache [B, cache_bytes], skip [B, skip_bytes]; bits of cached rows are 0
+  int64_t tokens = 0;  ///< joint sequence length
+  int64_t text_start = 0;       ///< first text token
+  int64_t text_length = 0;      ///< text tokens
   float tau_q = 0, tau_kv = 0;  ///< in [0, 1], the ramp f(t) already applied
-  float s_q = 0;              ///< in [0, 1]; 0 switches layer-wide reuse off
-  float scale = 0;            ///< 0 means 1 / sqrt(D)
+  float s_q = 0;                ///< in [0, 1]; 0 switches layer-wide reuse off
+  float scale = 0;              ///< 0 means 1 / sqrt(D)
 };
-size_t select_flashomni_workspace(const SelectArguments& arguments, const Context& context);
-void select_flashomni(const SelectArguments& arguments, const Context& context);
+FLASHOMNI_API size_t select_flashomni_workspace(const SelectArguments& arguments, const Context& context);
+FLASHOMNI_API void select_flashomni(const SelectArguments& arguments, const Context& context);
 
-/// In place on active tiles: x = rope(rms_norm(x) * weight). x [B, N, H, D]; weight [D] of x's dtype or absent (no
-/// norm); cos, sin float32 [tokens, D], the joint sequence's rows, or absent (no rotation); pairs are (2i, 2i + 1).
+/// In place on active tiles: x = rope(rms_norm(x) * weight). x [B, N, H, D]; weight [D] of x's dtype or
+/// absent (no norm); cos, sin float32 [tokens, D], the joint sequence's rows, or absent (no rotation); pairs
+/// are (2i, 2i + 1).
 struct NormRopeArguments {
   TensorView x, weight, cos, sin;
   float eps = 1e-6f;
-  TensorView cache;         ///< S_c as in TileSymbols; absent: every tile
-  int64_t row_offset = 0;   ///< where x's first token lies in the joint sequence
-  int64_t tokens = 0;       ///< joint sequence length
+  TensorView cache;        ///< S_c as in TileSymbols; absent: every tile
+  int64_t row_offset = 0;  ///< where x's first token lies in the joint sequence
+  int64_t tokens = 0;      ///< joint sequence length
   int32_t block_q = 128;
 };
-void norm_rope(const NormRopeArguments& arguments, const Context& context);
+FLASHOMNI_API void norm_rope(const NormRopeArguments& arguments, const Context& context);
 
 }  // namespace flashomni

@@ -1,10 +1,13 @@
-// Tensor views with DLPack's meaning: a pointer, a type, a device, a shape and strides in elements. They own nothing.
+// Tensor views with DLPack's meaning: a pointer, a type, a device, a shape and strides in elements. They own
+// nothing.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+
+#include "flashomni/export.h"
 
 namespace flashomni {
 
@@ -43,24 +46,25 @@ struct TensorView {
   }
 };
 
-int64_t bytes_of(DType dtype);
-const char* name_of(DType dtype);
-std::string name_of(Device device);
+FLASHOMNI_API int64_t bytes_of(DType dtype);
+FLASHOMNI_API const char* name_of(DType dtype);
+FLASHOMNI_API std::string name_of(Device device);
 /// "float32[2, 77, 24, 128]", for messages.
-std::string describe(const TensorView& view);
+FLASHOMNI_API std::string describe(const TensorView& view);
 
 /// A contiguous view on the CPU, for C++ callers.
-TensorView make_view(void* data, DType dtype, std::initializer_list<int64_t> shape, Device device = {});
+FLASHOMNI_API TensorView make_view(void* data, DType dtype, std::initializer_list<int64_t> shape,
+                                   Device device = {});
 
-/// Takes over any struct laid out as DLPack's DLTensor (this header needs no dlpack.h). Throws TypeError for a
-/// type or device that no operator knows, ValueError for more than kMaxDims dimensions.
+/// Takes over any struct laid out as DLPack's DLTensor (this header needs no dlpack.h). Throws TypeError for
+/// a type or device that no operator knows, ValueError for more than kMaxDims dimensions.
 template <class DLTensorLike>
 TensorView from_dlpack(const DLTensorLike& tensor, const char* argument);
 
 namespace detail {
-TensorView make_from_dlpack(void* data, int code, int bits, int lanes, int device_type, int device_id, int ndim,
-                            const int64_t* shape, const int64_t* strides, uint64_t byte_offset,
-                            const char* argument);
+FLASHOMNI_API TensorView make_from_dlpack(void* data, int code, int bits, int lanes, int device_type,
+                                          int device_id, int ndim, const int64_t* shape,
+                                          const int64_t* strides, uint64_t byte_offset, const char* argument);
 }
 
 template <class DLTensorLike>

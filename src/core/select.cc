@@ -1,0 +1,116 @@
+#include "flashomni/select.h"
+
+#include <cmath>
+
+#include "src/core/check.h"
+
+namespace flashomni {
+namespace {
+
+const Backend& check_all(const SelectArguments& a, const Context& context) {
+  if (!a.q_mean.present()) fail(ErrorKind::kType, "q_mean", "a tensor", "nothing");
+  const Device device = a.q_mean.device;
+  check::block_pair(a.symbols.block_q, a.symbols.block_kv);
+  check::at_least(a.tokens, 1, "tokens");
+  SymbolGeometry geometry;
+  geometry.q_tokens = geometry.kv_tokens = a.tokens;
+  geometry.block_q = a.symbols.block_q, geometry.block_kv = a.symbols.block_kv;
+  check::tensor(a.q_mean, "q_mean", DType::kFloat32, device,
+                {check::kAny, geometry.q_blocks(), check::kAny, check::kAny});
+  const int64_t batch = a.q_mean.size(0), heads = a.q_mean.size(2), dim = a.q_mean.size(3);
+  check::at_least(heads, 1, "heads of q_mean");
+  check::at_least(dim, 1, "head dimension of q_mean");
+  geometry.heads = heads;
+  check::tensor(a.k_mean, "k_mean", DType::kFloat32, device, {batch, geometry.kv_blocks(), check::kAny, dim});
+  const int64_t kv_heads = a.k_mean.size(2);
+  if (kv_heads < 1 || heads % kv_heads != 0) {
+    fail(ErrorKind::kValue, "k_mean", text("a number of heads that divides q_mean's ", heads),
+         text(kv_heads));
+  }
+  check::output(a.symbols.cache, "symbols.cache", DType::kUInt8, device, {batch, geometry.cache_bytes()});
+  check::output(a.symbols.skip, "symbols.skip", DType::kUInt8, device, {batch, geometry.skip_bytes()});
+  for (const TensorView* indptr : {&a.symbols.cache_indptr, &a.symbols.skip_indptr}) {
+    if (!indptr->present()) continue;
+    fail(ErrorKind::kNotImplemented,
+         indptr == &a.symbols.cache_indptr ? "symbols.cache_indptr" : "symbols.skip_indptr",
+         "nothing: elements of one length", describe(*indptr));
+  }
+  check::disjoint(a.symbols.cache, "symbols.cache", a.symbols.skip, "symbols.skip");
+  for (const TensorView* written : {&a.symbols.cache, &a.symbols.skip}) {
+    const char* name = written == &a.symbols.cache ? "symbols.cache" : "symbols.skip";
+    check::disjoint(*written, name, a.q_mean, "q_mean");
+    check::disjoint(*written, name, a.k_mean, "k_mean");
+  }
+  check::at_least(a.text_start, 0, "text_start");
+  check::at_least(a.text_length, 0, "text_length");
+  if (a.text_start + a.text_length > a.tokens) {
+    fail(ErrorKind::kValue, "text_length", text("text_start + text_length <= tokens = ", a.tokens),
+         text(a.text_start, " + ", a.text_length));
+  }
+  check::fraction(a.tau_q, "tau_q");
+  check::fraction(a.tau_kv, "tau_kv");
+  check::fraction(a.s_q, "s_q");
+  check::finite(a.scale, "scale");
+  check::threads(context);
+  return backend_for(device);
+}
+
+}  // namespace
+
+void block_mean(const BlockMeanArguments& a, const Context& context) {
+  check::float_tensor(a.x, "x");
+  check::tensor(a.x, "x", a.x.dtype, a.x.device, {check::kAny, check::kAny, check::kAny, check::kAny});
+  check::block_size(a.block, "block");
+  check::output(a.out, "out", DType::kFloat32, a.x.device,
+                {a.x.size(0), ceil_div(a.x.size(1), a.block), a.x.size(2), a.x.size(3)});
+  check::disjoint(a.out, "out", a.x, "x");
+  check::threads(context);
+  const Backend& backend = backend_for(a.x.device);
+  if (a.out.numel() > 0) backend.block_mean(a, context);
+}
+
+size_t select_flashomni_workspace(const SelectArguments& arguments, const Context& context) {
+  return check_all(arguments, context).select_flashomni_workspace(arguments, context);
+}
+
+void select_flashomni(const SelectArguments& arguments, const Context& context) {
+  const Backend& backend = check_all(arguments, context);
+  check::workspace(context, backend.select_flashomni_workspace(arguments, context));
+  if (arguments.q_mean.size(0) > 0) backend.select_flashomni(arguments, context);
+}
+
+void norm_rope(const NormRopeArguments& a, const Context& context) {
+  check::float_tensor(a.x, "x");
+  const Device device = a.x.device;
+  check::output(a.x, "x", a.x.dtype, device, {check::kAny, check::kAny, check::kAny, check::kAny});
+  const int64_t rows = a.x.size(1), dim = a.x.size(3);
+  if (a.weight.present()) check::tensor(a.weight, "weight", a.x.dtype, device, {dim});
+  if (a.cos.present() != a.sin.present()) {
+    fail(ErrorKind::kType, a.cos.present() ? "sin" : "cos", "a tensor, as its partner is given", "nothing");
+  }
+  if (a.cos.present()) {
+    if (dim % 2 != 0) fail(ErrorKind::kValue, "x", "an even head dimension, to rotate pairs", text(dim));
+    check::tensor(a.cos, "cos", DType::kFloat32, device, {a.tokens, dim});
+    check::tensor(a.sin, "sin", DType::kFloat32, device, {a.tokens, dim});
+    check::rows_within(a.row_offset, rows, a.tokens, "x");
+  }
+  if (!(a.eps >= 0.0f) || !std::isfinite(a.eps)) {
+    fail(ErrorKind::kValue, "eps", "a finite number of at least 0", text(a.eps));
+  }
+  TileSymbols tiles;
+  tiles.cache = a.cache;
+  tiles.heads = a.x.size(2);
+  tiles.tokens = a.tokens;
+  tiles.row_offset = a.row_offset;
+  tiles.block_q = a.block_q;
+  check::tiles(tiles, a.x.size(0), rows, device, "x");
+  check::disjoint(a.x, "x", a.weight, "weight");
+  check::disjoint(a.x, "x", a.cos, "cos");
+  check::disjoint(a.x, "x", a.sin, "sin");
+  check::disjoint(a.x, "x", a.cache, "symbols.cache");
+  check::threads(context);
+  const Backend& backend = backend_for(device);
+  if (a.x.numel() > 0) backend.norm_rope(a, context);
+}
+
+}  // namespace flashomni
