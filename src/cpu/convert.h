@@ -1,6 +1,7 @@
 // bfloat16 and float16 to float32 and back, a run of elements at a time, rounding to nearest even.
 #pragma once
 
+#include "flashomni/tensor.h"
 #include "src/cpu/vector.h"
 
 namespace flashomni::cpu {
