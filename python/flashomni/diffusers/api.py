@@ -1,0 +1,234 @@
+"""enable, disable, disabled, stats, explain: FlashOmni on a diffusers pipeline or transformer."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashomni.config import Config
+from flashomni.diffusers.clock import listen, unlisten
+from flashomni.diffusers.explain import Explanation, explanation, row_of
+from flashomni.diffusers.families import family_of
+from flashomni.diffusers.intercept import intercept
+from flashomni.diffusers.layers import find_layers
+from flashomni.engine import Engine, RunStats
+from flashomni.policies import Policy, check_policy, make_policy
+
+_ATTRIBUTE = "_flashomni"
+
+
+class _Attachment:
+    """All that enable() put onto one transformer, and how it comes off again."""
+
+    def __init__(self, engine: Engine, transformer: nn.Module, pipe: Any):
+        self.engine = engine
+        self.pipe = weakref.ref(pipe) if pipe is not None else None
+        self.scheduler = getattr(pipe, "scheduler", None)
+        self.restore: list[Callable[[], None]] = []
+        self.context: str | None = None
+        self._transformer = weakref.ref(transformer)
+
+    def put(self, layers: list) -> None:
+        transformer, engine = self._transformer(), self.engine
+        try:
+            for layer in layers:
+                self.restore.append(intercept(engine, layer))
+            before = transformer.register_forward_pre_hook(self._before, with_kwargs=True)
+            after = transformer.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+            self.restore += [before.remove, after.remove]
+            self._watch_context(transformer)
+            if self.scheduler is not None:
+                listen(engine, self.scheduler)
+                self.restore.append(functools.partial(unlisten, engine, self.scheduler))
+            transformer.__dict__[_ATTRIBUTE] = self
+        except BaseException:
+            self.take_off()
+            raise
+
+    def take_off(self) -> None:
+        for restore in reversed(self.restore):
+            restore()
+        self.restore = []
+        self._transformer().__dict__.pop(_ATTRIBUTE, None)
+        self.engine.enabled = False
+        self.engine.release()
+
+    def _watch_context(self, transformer: nn.Module) -> None:
+        """Pipelines name their passes by transformer.cache_context(name)."""
+        original = getattr(transformer, "cache_context", None)
+        if original is None:
+            return
+        inner = transformer.__dict__.get("cache_context")
+
+        @functools.wraps(original)
+        @contextmanager
+        def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
+            before, self.context = self.context, name
+            try:
+                with original(name, **kwargs):
+                    yield
+            finally:
+                self.context = before
+
+        transformer.__dict__["cache_context"] = cache_context
+
+        def restore() -> None:
+            if transformer.__dict__.get("cache_context") is cache_context:
+                del transformer.__dict__["cache_context"]
+                if inner is not None:
+                    transformer.__dict__["cache_context"] = inner
+
+        self.restore.append(restore)
+
+    def _before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        engine = self.engine
+        if not engine.enabled:
+            return
+        pipe = self.pipe() if self.pipe is not None else None
+        if pipe is not None and pipe.scheduler is not self.scheduler:
+            raise RuntimeError(
+                "flashomni: the pipeline's scheduler was replaced since flashomni.enable(pipe): call disable(pipe) "
+                "and enable(pipe, config) again"
+            )
+        if torch.is_grad_enabled() and any(p.requires_grad for p in transformer.parameters()):
+            raise RuntimeError(
+                "flashomni: expected inference (torch.no_grad() or torch.inference_mode()), got grad mode on and "
+                "parameters that require grad; to train, call flashomni.disable() first"
+            )
+        parameter = next(transformer.parameters())
+        if torch.is_autocast_enabled(parameter.device.type):
+            raise RuntimeError(
+                "flashomni: expected no autocast, got one; convert the model by .to(dtype) instead"
+            )
+        engine.ledger.synchronize = parameter.device.type == "cuda"
+        engine.start_pass(self.context)
+
+    def _after(self, transformer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.engine.enabled:
+            self.engine.end_pass(output is not None)
+
+
+def enable(
+    target: Any, config: Config | str | None = None, *, policy: Policy | None = None, timing: bool = False
+) -> Engine:
+    """Makes a diffusers pipeline, or a bare transformer, compute sparsely until disable().
+
+    target: a pipeline with a supported `transformer`, whose scheduler then is the clock; or such a transformer,
+        whose clock is the returned engine: begin(num_steps) before a run, step() after every denoising step.
+    config: a Config, the name of a preset, or None for the defaults. policy: an object of your own instead of
+        config.policy. timing: keep a ledger of seconds by kind of work (flashomni.stats).
+
+    Returns the engine. Raises NotImplementedError for an unknown model, one with nothing that can be sparse and,
+    with config.strict, one with anything that cannot; RuntimeError if it is enabled already or another cache is;
+    ValueError or TypeError for arguments.
+    """
+    transformer, pipe = _transformer_of(target)
+    config = _config(config)
+    family = family_of(transformer)
+    if _ATTRIBUTE in transformer.__dict__:
+        raise RuntimeError("flashomni: enabled already; call flashomni.disable() first")
+    if getattr(transformer, "is_cache_enabled", False):
+        raise RuntimeError(
+            "flashomni: another cache is enabled on the transformer; call its disable_cache() first"
+        )
+    layers = find_layers(transformer, family)
+    beyond = [layer for layer in config.dense_layers if layer >= len(layers)]
+    if beyond:
+        raise ValueError(f"dense_layers: expected indices below {len(layers)}, got {beyond}")
+    problems = [
+        f"{row.name}: {'; '.join(row.notes)}"
+        for row in (row_of(layer, config) for layer in layers)
+        if row.notes and row.layer not in config.dense_layers
+    ]
+    if config.strict and problems:
+        raise NotImplementedError("strict: " + "\n".join(problems))
+    served = [layer for layer in layers if layer.refusal is None]
+    if not served:
+        raise NotImplementedError("flashomni: no layer can be sparse:\n" + "\n".join(problems))
+    engine = Engine(config, len(layers), check_policy(policy or make_policy(config.policy, config)))
+    engine.ledger.enabled = timing
+    _Attachment(engine, transformer, pipe).put(served)
+    return engine
+
+
+def disable(target: Any) -> None:
+    """Puts back what was there before enable(), and frees the engine's memory. Does nothing if not enabled."""
+    transformer, _ = _transformer_of(target)
+    attachment = transformer.__dict__.get(_ATTRIBUTE)
+    if attachment is not None:
+        attachment.take_off()
+
+
+@contextmanager
+def disabled(target: Any) -> Iterator[None]:
+    """Inside, the model runs its own code; afterwards it is sparse again. The clock goes on."""
+    engine = _attachment(target).engine
+    before, engine.enabled = engine.enabled, False
+    try:
+        yield
+    finally:
+        engine.enabled = before
+
+
+def stats(target: Any) -> RunStats:
+    """Of the run at hand or the last one: steps by kind, density, memory, seconds. RuntimeError if not enabled."""
+    return _attachment(target).engine.run_stats()
+
+
+def explain(
+    target: Any, config: Config | str | None = None, num_inference_steps: int | None = None
+) -> Explanation:
+    """Layer by layer what will be sparse, what stays dense and why; before or after enable().
+
+    config: as for enable(); None means the one in use, or the default one. With num_inference_steps, the kind of
+    every step too.
+    """
+    transformer, _ = _transformer_of(target)
+    attachment = transformer.__dict__.get(_ATTRIBUTE)
+    if config is None and attachment is not None:
+        config = attachment.engine.config
+    layers = find_layers(transformer, family_of(transformer))
+    return explanation(
+        type(transformer).__name__, attachment is not None, _config(config), layers, num_inference_steps
+    )
+
+
+def _config(config: Config | str | None) -> Config:
+    if config is None:
+        return Config()
+    if isinstance(config, str):
+        return Config.preset(config)
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config: expected a flashomni.Config or a preset's name, got {type(config).__name__}"
+        )
+    return config
+
+
+def _transformer_of(target: Any) -> tuple[nn.Module, Any]:
+    """(transformer, pipeline or None)."""
+    if isinstance(target, nn.Module):
+        if hasattr(target, "_orig_mod"):
+            raise NotImplementedError(
+                "transformer: expected a model that is not compiled, got torch.compile's"
+            )
+        return target, None
+    transformer = getattr(target, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise TypeError(
+            f"target: expected a pipeline with a transformer, or one, got {type(target).__name__}"
+        )
+    return _transformer_of(transformer)[0], target
+
+
+def _attachment(target: Any) -> _Attachment:
+    attachment = _transformer_of(target)[0].__dict__.get(_ATTRIBUTE)
+    if attachment is None:
+        raise RuntimeError("flashomni: not enabled; call flashomni.enable() first")
+    return attachment

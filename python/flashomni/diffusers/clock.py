@@ -1,0 +1,69 @@
+"""The engine's clock is the scheduler's own: set_timesteps() begins a run, step() ends a denoising step."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from flashomni.engine import Engine
+
+_ATTRIBUTE = "_flashomni_clock"
+
+
+class SchedulerClock:
+    """Wraps one scheduler instance's set_timesteps() and step(), and tells the engines that listen."""
+
+    def __init__(self, scheduler: Any):
+        self.scheduler, self.engines = scheduler, []
+        self._saved = {name: scheduler.__dict__.get(name) for name in ("set_timesteps", "step")}
+        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+        @functools.wraps(set_timesteps)
+        def wrapped_set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            result = set_timesteps(*args, **kwargs)
+            for engine in self.engines:
+                engine.begin_when_called(self._num_steps)
+            return result
+
+        @functools.wraps(step)
+        def wrapped_step(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            for engine in self.engines:
+                engine.step()
+            return result
+
+        scheduler.set_timesteps, scheduler.step = wrapped_set_timesteps, wrapped_step
+        self._wrapped = {"set_timesteps": wrapped_set_timesteps, "step": wrapped_step}
+
+    def _num_steps(self) -> int:
+        # Image-to-image pipelines set the timesteps of a whole run and begin in its middle.
+        return len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
+
+    def _unwrap(self) -> None:
+        for name, original in self._saved.items():
+            if self.scheduler.__dict__.get(name) is not self._wrapped[name]:
+                continue  # wrapped again by somebody else: ours stays below it and has nobody left to tell
+            if original is None:
+                delattr(self.scheduler, name)
+            else:
+                setattr(self.scheduler, name, original)
+
+
+def listen(engine: Engine, scheduler: Any) -> None:
+    """Lets `scheduler` drive `engine`."""
+    clock = scheduler.__dict__.get(_ATTRIBUTE)
+    if clock is None:
+        clock = SchedulerClock(scheduler)
+        setattr(scheduler, _ATTRIBUTE, clock)
+    clock.engines.append(engine)
+
+
+def unlisten(engine: Engine, scheduler: Any) -> None:
+    """The inverse of listen(); restores the scheduler after its last engine."""
+    clock = scheduler.__dict__.get(_ATTRIBUTE)
+    if clock is None or engine not in clock.engines:
+        return
+    clock.engines.remove(engine)
+    if not clock.engines:
+        clock._unwrap()
+        delattr(scheduler, _ATTRIBUTE)

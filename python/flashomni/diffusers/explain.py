@@ -1,0 +1,93 @@
+"""What will be sparse in a model, what stays dense, and why: known before a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flashomni.config import Config
+from flashomni.diffusers.layers import Layer
+from flashomni.schedule import plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention layer. attention, gemm_q, gemm_o: "sparse" or "dense"; notes: why, and what is called as a
+    module."""
+
+    layer: int
+    name: str
+    attention: str
+    gemm_q: str
+    gemm_o: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """explain()'s answer; str() gives a table."""
+
+    model: str
+    enabled: bool
+    config: Config
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    step_kinds: tuple[str, ...] = field(default=())  # if the number of steps was given
+
+    def __str__(self) -> str:
+        c = self.config
+        sparse = sum(row.attention == "sparse" for row in self.rows)
+        lines = [
+            f"{self.model}: {sparse} of {len(self.rows)} attention layers sparse; FlashOmni is "
+            + ("enabled" if self.enabled else "not enabled"),
+            f"policy {c.policy}: tau_q {c.tau_q:g}, tau_kv {c.tau_kv:g}, s_q {c.s_q:g}, ramp {c.ramp_power:g}; "
+            f"blocks {c.block_q} x {c.block_kv}",
+            f"an Update every {c.cache_interval} steps, forecasts of order {c.max_order}; the first "
+            f"{c.disable_cache_before_step} and the last {c.cooldown_steps} steps dense",
+        ]
+        if self.step_kinds:
+            letters = {"full": "F", "update": "U", "dispatch": "d"}
+            lines.append(
+                "steps " + "".join(letters[kind] for kind in self.step_kinds) + " (Full, Update, dispatch)"
+            )
+        width = max((len(row.name) for row in self.rows), default=4)
+        lines.append(f"{'':>4} {'layer':<{width}} attention gemm_q gemm_o")
+        for row in self.rows:
+            notes = "  " + "; ".join(row.notes) if row.notes else ""
+            lines.append(
+                f"{row.layer:>4} {row.name:<{width}} {row.attention:<9} {row.gemm_q:<6} {row.gemm_o:<6}{notes}"
+            )
+        lines += self.notes
+        return "\n".join(lines)
+
+
+_ALWAYS = (
+    "Dense in every step: key and value projections (text rows look at every key), feed-forward layers, modulation.",
+    "Layers whose tiles are all reused (s_q) compute neither q, k, v nor attention until the next Update.",
+)
+
+
+def row_of(layer: Layer, config: Config) -> Row:
+    """What one layer will do under `config`."""
+    if layer.refusal is not None:
+        return Row(layer.index, layer.name, "dense", "dense", "dense", (f"its own code: {layer.refusal}",))
+    if layer.index in config.dense_layers:
+        return Row(layer.index, layer.name, "dense", "dense", "dense", ("in dense_layers",))
+    query_names = [layer.spec.image.q] if hasattr(layer.spec, "image") else [layer.spec.stream.q]
+    gemm_q = not any(note.split()[0] in query_names for note in layer.fallbacks)
+    notes = tuple(f"{note}: called as a module" for note in layer.fallbacks)
+    if not layer.gemm_o:
+        notes += ("O is forecast instead of its projection",)
+    return Row(
+        layer.index,
+        layer.name,
+        "sparse",
+        "sparse" if gemm_q else "dense",
+        "sparse" if layer.gemm_o else "dense",
+        notes,
+    )
+
+
+def explanation(model: str, enabled: bool, config: Config, layers: list[Layer], num_steps: int | None):
+    rows = tuple(row_of(layer, config) for layer in layers)
+    kinds = tuple(step.kind for step in plan(num_steps, config)) if num_steps is not None else ()
+    return Explanation(model, enabled, config, rows, _ALWAYS, kinds)

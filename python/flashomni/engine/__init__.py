@@ -1,0 +1,17 @@
+"""The Update-Dispatch engine: steps, state and layers, without any model."""
+
+from flashomni.engine.engine import Engine
+from flashomni.engine.layer import Attention, Output, Stream
+from flashomni.engine.linear import apply_linear, why_no_norm, why_not_plain
+from flashomni.engine.stats import RunStats
+
+__all__ = [
+    "Attention",
+    "Engine",
+    "Output",
+    "RunStats",
+    "Stream",
+    "apply_linear",
+    "why_no_norm",
+    "why_not_plain",
+]

@@ -1,0 +1,130 @@
+"""The engine: a clock, a plan of steps, and the state of every layer between them. It knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from flashomni import schedule
+from flashomni.config import Config
+from flashomni.engine.layer import Attention, LayerRun
+from flashomni.engine.ledger import Ledger
+from flashomni.engine.state import Buffers, Contexts, bytes_of
+from flashomni.engine.stats import RunStats, StatsRecorder
+from flashomni.policies import Policy
+
+
+class Engine:
+    """Runs the attention layers of one model over the steps of a denoising run.
+
+    The clock is begin(num_steps), then step() after every denoising step; between them each call of the model is
+    one pass, and the passes of one step (classifier-free guidance) are kept apart as contexts. An engine serves one
+    thread at a time; several engines share nothing.
+    """
+
+    def __init__(self, config: Config, layers: int, policy: Policy):
+        self.config, self.layers, self.policy = config, layers, policy
+        self.buffers, self.contexts = Buffers(), Contexts()
+        self.ledger, self.stats = Ledger(), StatsRecorder(layers)
+        self.plans: list[schedule.StepPlan] = []
+        self.index = 0
+        self.context: Hashable = 0
+        self.enabled = True
+        self._pending: Callable[[], int] | None = None
+        self._passes = 0
+        self._seen: set[Hashable] = set()
+        self._table: Tensor | None = None
+        self._started = 0.0
+
+    @property
+    def count(self) -> int:
+        """Steps of this run."""
+        return len(self.plans)
+
+    @property
+    def plan(self) -> schedule.StepPlan:
+        """What the step at hand does."""
+        return self.plans[self.index]
+
+    def begin(self, num_steps: int) -> None:
+        """A new run of `num_steps` denoising steps: forgets everything of the last one but its memory."""
+        plans = schedule.plan(num_steps, self.config)
+        self._pending = None
+        self.plans, self.index, self._passes = plans, 0, 0
+        self.contexts.reset(self._seen)
+        self.buffers.drop_unused()
+        self._seen = set()
+        self._table = None
+        self.ledger.clear()
+        self.stats.begin(plans)
+
+    def begin_when_called(self, num_steps: Callable[[], int]) -> None:
+        """A new run whose length is asked for at its first pass: pipelines set where they start after the timesteps."""
+        self._pending = num_steps
+        self.plans, self.index, self._passes = [], 0, 0
+
+    def step(self) -> None:
+        """The denoising step is over."""
+        self.index += 1
+        self._passes = 0
+
+    def start_pass(self, name: Hashable | None = None) -> None:
+        """A call of the model begins. `name` is its context; by default its number within the step.
+
+        Raises RuntimeError if no run has begun or the run is over.
+        """
+        if self._pending is not None:
+            elapsed = self.index  # steps that went by while the engine was switched off
+            self.begin(self._pending())
+            self.index = elapsed
+        if self.index >= self.count:
+            state = "no run has begun" if not self.plans else f"the run of {self.count} steps is over"
+            raise RuntimeError(
+                f"flashomni: {state}. A pipeline's scheduler drives the clock by set_timesteps() and step(); for a "
+                "bare transformer call engine.begin(num_steps) before a run and engine.step() after every step, "
+                "where engine = flashomni.enable(transformer). To call the model outside a run: "
+                "`with flashomni.disabled(...)`."
+            )
+        self.context = self._passes if name is None else name
+        self._seen.add(self.context)
+        self._passes += 1
+        self._started = self.ledger.now() if self.ledger.enabled else 0.0
+
+    def end_pass(self, completed: bool) -> None:
+        """The call of the model is over; one that failed may be tried again in the same context."""
+        if not completed:
+            self._passes = max(self._passes - 1, 0)
+        elif self.ledger.enabled:
+            self.ledger.add("model", self.ledger.now() - self._started)
+
+    def attend(self, attention: Attention) -> list[Tensor]:
+        """One attention layer of the pass at hand: the output projections' results, each [B, rows, N]."""
+        self._device = attention.o.device
+        return LayerRun(self, attention).run()
+
+    def coefficients(self, orders: int) -> Tensor:
+        """float32 [orders], k^i / i! for the Dispatch step at hand, on the model's device."""
+        if self._table is None or self._table.device != self._device:
+            last = max(plan.since_update for plan in self.plans)
+            rows = [schedule.coefficients(self.config.max_order, float(k)) for k in range(last + 1)]
+            self._table = torch.stack(rows).to(self._device)
+        return self._table[self.plan.since_update, :orders]
+
+    def release(self) -> None:
+        """Frees all tensors: the run at hand, if any, has to begin anew."""
+        self.buffers, self.contexts = Buffers(), Contexts()
+        self.plans, self.index, self._table, self._pending = [], 0, None, None
+
+    def bytes_held(self) -> dict[str, int]:
+        """Bytes by what they are for: symbols, cached products, history of O, scratch buffers."""
+        held = {"symbols": 0, "cached": 0, "history": 0, "buffers": bytes_of(self.buffers.tensors())}
+        for state in self.contexts.states():
+            for name, tensors in state.tensors().items():
+                held[name] += bytes_of(tensors)
+        return held
+
+    def run_stats(self) -> RunStats:
+        """Statistics of the run at hand, or of the last one."""
+        return self.stats.summary(self.index, self.bytes_held(), dict(self.ledger.seconds), self.contexts)

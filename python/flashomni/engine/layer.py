@@ -1,0 +1,252 @@
+"""One attention layer in one step: Full, Update or Dispatch, from the projections of q, k, v to those of the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from flashomni import ops
+from flashomni.engine.linear import apply_linear, norm_and_rope, why_not_plain
+from flashomni.engine.state import LayerState, new_zeros
+from flashomni.policies import Choice, Layout, Segment, Stats, Step
+
+
+@dataclass(slots=True)
+class Stream:
+    """Rows of the joint sequence that share their projections: x [B, M, K] is rows start .. start + M."""
+
+    x: Tensor
+    start: int
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    norm_q: nn.Module | None = None
+    norm_k: nn.Module | None = None
+
+
+@dataclass(slots=True)
+class Output:
+    """An output projection over rows start .. start + rows of the joint O."""
+
+    linear: nn.Module
+    start: int
+    rows: int
+
+
+@dataclass(slots=True)
+class Attention:
+    """A joint attention as a model asks for it.
+
+    `o` [B, S, K] receives the heads' outputs in its first heads * head_dim columns; the columns past them (a
+    parallel MLP) hold what the caller put there and go through the output projections too.
+    """
+
+    layer: int
+    heads: int
+    head_dim: int
+    text: Segment
+    streams: list[Stream]
+    outputs: list[Output]
+    o: Tensor
+    rope: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+class LayerRun:
+    """Carries out one Attention. `engine` gives the step, the buffers, the policy and the ledger."""
+
+    def __init__(self, engine, attention: Attention):
+        self.engine, self.a = engine, attention
+        batch, tokens, _ = attention.o.shape
+        o = attention.o
+        config = engine.config
+        self.state: LayerState = engine.contexts.layer(
+            engine.context,
+            attention.layer,
+            (batch, tokens, attention.heads, attention.head_dim, o.dtype, o.device),
+            config.block_q,
+            config.block_kv,
+        )
+        self.o_heads = o[..., : attention.width]
+        self.o4 = self.o_heads.unflatten(-1, (attention.heads, attention.head_dim))
+
+    def run(self) -> list[Tensor]:
+        """The outputs [B, rows, N], one a projection."""
+        engine, state, a = self.engine, self.state, self.a
+        plan = engine.plan
+        keeps_o = any(why_not_plain(output.linear, a.o.dtype) is not None for output in a.outputs)
+        kind = "full" if a.layer in engine.config.dense_layers else plan.kind
+        if kind == "dispatch" and not (
+            state.updated_step == engine.index - plan.since_update and state.keeps_o == keeps_o
+        ):
+            # This context was not there at the Update (guidance that starts late), or its modules changed.
+            kind = "full"
+            engine.stats.note("dispatch without an update: dense")
+        if kind == "dispatch":
+            outputs = self._dispatch()
+        elif kind == "update":
+            state.keeps_o = keeps_o
+            outputs = self._update()
+        else:
+            outputs = self._full(plan.record and a.layer not in engine.config.dense_layers)
+        engine.stats.record(engine.index, engine.context, a.layer, kind, state)
+        return outputs
+
+    def _full(self, record: bool) -> list[Tensor]:
+        self._attend(None)
+        if record:
+            self._record(keep=False)
+        return [self._dense(output) for output in self.a.outputs]
+
+    def _update(self) -> list[Tensor]:
+        engine, state = self.engine, self.state
+        q, k = self._attend(None)
+        with engine.ledger("select"):
+            self._select(q, k)
+        derivatives = self._record(keep=True)
+        state.orders = 1 if state.reuse_all else len(derivatives)
+        state.updated_step = engine.index
+        if state.keeps_o:
+            state.cached = []
+            return [self._dense(output) for output in self.a.outputs]
+        with engine.ledger("gemm_o"):
+            return [self._output_update(i, derivatives[1 : state.orders]) for i in range(len(self.a.outputs))]
+
+    def _dispatch(self) -> list[Tensor]:
+        engine, state = self.engine, self.state
+        coefficients = engine.coefficients(state.orders)
+        if state.keeps_o:
+            with engine.ledger("forecast"):
+                ops.taylor_forecast(state.history[: state.orders], coefficients, out=self.o_heads)
+        if not state.reuse_all:
+            self._attend(state.symbols)
+        if state.keeps_o:
+            return [self._dense(output) for output in self.a.outputs]
+        with engine.ledger("gemm_o"):
+            return [
+                ops.gemm_o_dispatch(
+                    self._rows(self.a.o, output),
+                    output.linear.weight,
+                    state.cached[i][: state.orders],
+                    coefficients,
+                    state.symbols,
+                    head_dim=self.a.head_dim,
+                    row_offset=output.start,
+                )
+                for i, output in enumerate(self.a.outputs)
+            ]
+
+    def _attend(self, symbols) -> tuple[Tensor, Tensor]:
+        """Projections, norm, RoPE and attention into o; q and k after RoPE, [B, S, H, D]."""
+        engine, a = self.engine, self.a
+        q, k, v = (engine.buffers.take(name, tuple(self.o4.shape), a.o) for name in "qkv")
+        for stream in a.streams:
+            rows = slice(stream.start, stream.start + stream.x.shape[1])
+            with engine.ledger("gemm_q"):
+                apply_linear(stream.q, stream.x, q[:, rows].flatten(2), symbols, row_offset=stream.start)
+            with engine.ledger("gemm_kv"):
+                apply_linear(stream.k, stream.x, k[:, rows].flatten(2))
+                apply_linear(stream.v, stream.x, v[:, rows].flatten(2))
+            with engine.ledger("norm_rope"):
+                norm_and_rope(stream.norm_q, q[:, rows], a.rope, symbols, row_offset=stream.start)
+                norm_and_rope(stream.norm_k, k[:, rows], a.rope, row_offset=stream.start)
+        with engine.ledger("attention"):
+            ops.sparse_attention(q, k, v, symbols, out=self.o4)
+        return q, k
+
+    def _select(self, q: Tensor, k: Tensor) -> None:
+        engine, state, a = self.engine, self.state, self.a
+        needs, stats = engine.policy.needs, Stats()
+        if "q_mean" in needs:
+            stats.q_mean = ops.block_mean(q, state.symbols.block_q)
+        if "k_mean" in needs:
+            stats.k_mean = ops.block_mean(k, state.symbols.block_kv)
+        tokens = a.o.shape[1]
+        layout = Layout(
+            batch=a.o.shape[0],
+            heads=a.heads,
+            head_dim=a.head_dim,
+            tokens=tokens,
+            segments=_segments(a.text, tokens),
+            block_q=state.symbols.block_q,
+            block_kv=state.symbols.block_kv,
+        )
+        step = Step(engine.index, engine.count, engine.plan.ramp, engine.context, a.layer, engine.layers)
+        engine.policy.select(step, layout, stats, state.policy, Choice(state.symbols))
+        # The one value that a step reads on the host: a layer that reuses everything launches nothing.
+        state.reuse_all = not bool(state.symbols.cache.any())
+        cache, skip = state.symbols.masks()
+        state.density = (cache.unsqueeze(-1) & skip).float().mean((0, 2, 3))
+        state.cache_density = cache.float().mean((0, 2))
+
+    def _record(self, *, keep: bool) -> list[Tensor]:
+        """Feeds O to the history; [O, ΔO, .. Δ^v O], v as far as the history goes (arXiv 2503.06923).
+
+        The last difference is needed only while it is multiplied, so the layers share one buffer for it, unless O
+        itself has to be forecast. Without `keep` it is not even computed.
+        """
+        engine, state = self.engine, self.state
+        order = engine.config.max_order
+        persistent = order + 1 if state.keeps_o else order
+        gap = engine.index - state.recorded_step
+        valid = min(state.recorded, order) if state.recorded and gap > 0 else 0
+        if persistent == 0:
+            return [self.o_heads]
+        while len(state.history) < persistent:
+            state.history.append(new_zeros(tuple(self.o_heads.shape), self.a.o))
+        del state.history[persistent:]
+        derivatives = list(state.history[: valid + 1])
+        if len(derivatives) < valid + 1 and keep:
+            last = engine.buffers.take("last_difference", tuple(self.o_heads.shape), self.a.o)
+            derivatives.append(last)
+        with engine.ledger("forecast"):
+            ops.taylor_update(
+                self.o_heads, derivatives, gap=float(max(gap, 1)), valid=min(valid, len(derivatives) - 1)
+            )
+        state.recorded = valid + 1
+        state.recorded_step = engine.index
+        return derivatives
+
+    def _output_update(self, i: int, derivatives: list[Tensor]) -> Tensor:
+        state, a = self.state, self.a
+        output = a.outputs[i]
+        o = self._rows(a.o, output)
+        shape = (o.shape[0], o.shape[1], output.linear.out_features)
+        while len(state.cached) <= i:
+            state.cached.append([])
+        cached = state.cached[i]
+        while len(cached) <= len(derivatives):
+            cached.append(new_zeros(shape, o))
+        out, _ = ops.gemm_o_update(
+            o,
+            output.linear.weight,
+            output.linear.bias,
+            state.symbols,
+            head_dim=a.head_dim,
+            row_offset=output.start,
+            derivatives=[self._rows(d, output) for d in derivatives],
+            cached=cached[: len(derivatives) + 1],
+        )
+        return out
+
+    def _dense(self, output: Output) -> Tensor:
+        o = self._rows(self.a.o, output)
+        with self.engine.ledger("gemm_o"):
+            if why_not_plain(output.linear, o.dtype) is None:
+                return ops.gemm_q(o, output.linear.weight, output.linear.bias)
+            return output.linear(o)
+
+    @staticmethod
+    def _rows(tensor: Tensor, output: Output) -> Tensor:
+        return tensor[:, output.start : output.start + output.rows]
+
+
+def _segments(text: Segment, tokens: int) -> tuple[Segment, ...]:
+    """The joint sequence as image, text, image, without empty parts."""
+    end = text.start + text.length
+    parts = (Segment("image", 0, text.start), text, Segment("image", end, tokens - end))
+    return tuple(part for part in parts if part.length)

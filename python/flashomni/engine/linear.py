@@ -1,0 +1,88 @@
+"""Which of a model's modules the operators may stand in for, and how the others are called."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flashomni import ops
+from flashomni.symbols import SparseSymbols
+
+
+def _untouched(module: nn.Module) -> bool:
+    return "forward" not in module.__dict__ and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def why_not_plain(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """None if `module` is torch's own linear layer with a real weight of `dtype`; else what it is instead."""
+    if type(module) is not nn.Linear:
+        return f"is {type(module).__name__}, not torch.nn.Linear"
+    weight = module.weight
+    if type(weight) is not nn.Parameter or weight.device.type == "meta":
+        return "has a weight that is no plain tensor in memory"
+    if not _untouched(module):
+        return "has hooks on its forward"
+    if weight.dtype != dtype:
+        return f"has a weight of {weight.dtype}, not {dtype}"
+    return None
+
+
+def apply_linear(
+    module: nn.Module,
+    x: Tensor,
+    out: Tensor,
+    symbols: SparseSymbols | None = None,
+    *,
+    row_offset: int = 0,
+    activation: str | None = None,
+) -> None:
+    """out = activation(module(x)) on the active tiles; by calling the module, on all of them, where it is not plain.
+
+    x [B, M, K], out [B, M, N].
+    """
+    if why_not_plain(module, x.dtype) is None:
+        ops.gemm_q(
+            x, module.weight, module.bias, symbols, row_offset=row_offset, activation=activation, out=out
+        )
+        return
+    y = module(x)
+    if activation is not None:
+        y = nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    out.copy_(y)
+
+
+def why_no_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
+    """None if norm_rope can do `module` (an RMS norm over the head, or no norm at all); else why not."""
+    if module is None:
+        return None
+    if type(module).__name__ != "RMSNorm" or not type(module).__module__.startswith(
+        ("torch.nn.", "diffusers.")
+    ):
+        return f"is {type(module).__name__}, not an RMSNorm"
+    weight = module.weight
+    if weight is None or getattr(module, "bias", None) is not None:
+        return "has no weight, or a bias"
+    if weight.dtype != dtype or type(weight) is not nn.Parameter or weight.device.type == "meta":
+        return f"has a weight that is no plain {dtype} tensor in memory"
+    return None if _untouched(module) else "has hooks on its forward"
+
+
+def norm_and_rope(
+    module: nn.Module | None,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    symbols: SparseSymbols | None = None,
+    *,
+    row_offset: int = 0,
+) -> None:
+    """x = rope(norm(x)) in place on the active tiles. x [B, M, H, D]; rope (cos, sin), float32 [tokens, D]."""
+    cos, sin = rope if rope is not None else (None, None)
+    weight, eps = None, 1e-6
+    if module is not None and why_no_norm(module, x.dtype) is None:
+        weight = module.weight
+        eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
+    elif module is not None:
+        x.copy_(module(x))
+    if weight is None and cos is None:
+        return
+    ops.norm_rope(x, weight, cos, sin, eps=eps, symbols=symbols, row_offset=row_offset)

@@ -1,0 +1,115 @@
+"""What is kept between steps: symbols, cached products and histories a (context, layer), scratch tensors an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flashomni.symbols import SparseSymbols
+
+
+class Buffers:
+    """Scratch tensors that all layers of an engine share: one a (name, shape, dtype, device).
+
+    What take() returns is valid until the same name is taken again, and holds whatever was last written there.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple, Tensor] = {}
+        self._used: set[tuple] = set()
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        key = (name, shape, like.dtype, like.device)
+        self._used.add(key)
+        tensor = self._tensors.get(key)
+        if tensor is None:
+            tensor = self._tensors[key] = new_zeros(shape, like)
+        return tensor
+
+    def drop_unused(self) -> None:
+        """Frees what has not been taken since the last call: shapes of a run that is over."""
+        self._tensors = {key: tensor for key, tensor in self._tensors.items() if key in self._used}
+        self._used = set()
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self._tensors.values()
+
+
+@dataclass(slots=True)
+class LayerState:
+    """One attention layer in one context. Tensors outlive a run; what they hold is valid as the numbers say."""
+
+    shape: tuple  # (batch, tokens, heads, head_dim, dtype, device): a change makes a new state
+    symbols: SparseSymbols
+    cached: list[list[Tensor]] = field(default_factory=list)  # per output projection, D + 1 of [B, M, N]
+    history: list[Tensor] = field(default_factory=list)  # differences of O, each [B, S, H * head_dim]
+    recorded: int = 0  # steps in a row whose O entered the history
+    recorded_step: int = -1
+    updated_step: int = -1  # the Update whose symbols and caches these are
+    orders: int = 1  # how many of D + 1 the history supported at that Update
+    reuse_all: bool = False  # S_c is zero everywhere: attention is not computed at all
+    keeps_o: bool = False  # O itself is forecast, as an output projection is no plain linear
+    density: Tensor | None = None  # float32 [H], selected share of block pairs
+    cache_density: Tensor | None = None  # float32 [H], share of active tiles
+    policy: dict = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Forgets the run, keeps the memory."""
+        self.recorded, self.recorded_step, self.updated_step = 0, -1, -1
+        self.policy = {}
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Tensors by what they are for."""
+        return {
+            "symbols": [t for t in (self.symbols.cache, self.symbols.skip) if t is not None],
+            "cached": [t for output in self.cached for t in output],
+            "history": list(self.history),
+        }
+
+
+class Contexts:
+    """Layer states of every context (pass of classifier-free guidance) that has been seen."""
+
+    def __init__(self) -> None:
+        self._states: dict[Hashable, dict[int, LayerState]] = {}
+
+    def layer(self, context: Hashable, layer: int, shape: tuple, block_q: int, block_kv: int) -> LayerState:
+        """The state of a layer, made anew when the shape differs from the one before."""
+        layers = self._states.setdefault(context, {})
+        state = layers.get(layer)
+        if state is None or state.shape != shape:
+            batch, tokens, heads, _, _, device = shape
+            with torch.inference_mode(False):
+                symbols = SparseSymbols.ones(batch, heads, tokens, tokens, block_q, block_kv, device)
+            state = layers[layer] = LayerState(shape, symbols)
+        return state
+
+    def get(self, context: Hashable, layer: int) -> LayerState | None:
+        return self._states.get(context, {}).get(layer)
+
+    def names(self) -> list[Hashable]:
+        return list(self._states)
+
+    def reset(self, seen: set[Hashable]) -> None:
+        """Begins a run: keeps the memory of the contexts in `seen` only."""
+        self._states = {name: layers for name, layers in self._states.items() if name in seen}
+        for layers in self._states.values():
+            for state in layers.values():
+                state.reset()
+
+    def states(self) -> Iterator[LayerState]:
+        for layers in self._states.values():
+            yield from layers.values()
+
+
+def new_zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Contiguous zeros that may be written in and out of inference mode."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def bytes_of(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
