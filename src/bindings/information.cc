@@ -59,6 +59,9 @@ ffi::Array<PlannedStep> plan_steps(int64_t num_inference_steps, int64_t cache_in
     options.cooldown_steps = narrow(cooldown_steps, "cooldown_steps");
     options.max_order = narrow(max_order, "max_order");
     options.ramp_power = static_cast<float>(ramp_power);
+    if (options.num_inference_steps < 1) {
+      fail(ErrorKind::kValue, "num_inference_steps", "at least 1", text(options.num_inference_steps));
+    }
     ffi::Array<PlannedStep> steps;
     for (int32_t step = 0; step < options.num_inference_steps; ++step) {
       const StepPlan plan = plan_step(options, step);

@@ -34,9 +34,9 @@ def no_result(*_: Any) -> None:
 def is_direct(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], required: int) -> bool:
     """Checks the tensor arguments; True if they can go straight to the native library.
 
-    TypeError for what is no tensor (the first `required` may not be None), RuntimeError for tensors that require
-    grad, ValueError for lazily negated or conjugated views. False under torch.compile and for tensor subclasses,
-    which torch must see.
+    TypeError for what is no tensor (the first `required` may not be None), RuntimeError for tensors that
+    require grad, ValueError for lazily negated or conjugated views. False under torch.compile and for tensor
+    subclasses, which torch must see.
     """
     compiling = torch.compiler.is_compiling()
     direct = not compiling

@@ -70,7 +70,7 @@ def sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v over the blocks that the symbols select.
 
-    q: [B, N, H, D]; k, v: [B, Nkv, Hkv, D], H a multiple of Hkv. Or ragged: q [T, H, D] and k, v [Tkv, Hkv, D]
+    q: [B, N, H, D]; k, v: [B, Nkv, Hkv, D], H a multiple of Hkv. Ragged: q [T, H, D]; k, v [Tkv, Hkv, D]
         with q_indptr, kv_indptr: int32 [B + 1], tokens. float32 (CPU), float16 or bfloat16; D one of 64, 72,
         80, 96, 128, 256; any strides whose last is 1.
     symbols: which tiles and blocks compute; None: all. A cached tile leaves its rows of `out` and `lse` as
