@@ -8,8 +8,9 @@ import re
 
 import numpy as np
 import pytest
-from flashomni.report import data, figures, metrics, page
 from PIL import Image
+
+from flashomni.report import data, figures, metrics, page
 
 LAYERS = ["double 0", "double 1", "single 0"]
 HEADS, BLOCKS, STEPS = 2, 9, 10
@@ -31,9 +32,24 @@ def synthetic_run(folder, side: int = 32, seed: int = 0) -> data.Run:
     dispatch = np.array([kind == "dispatch" for kind in kinds])
     share[dispatch] = rng.uniform(0.1, 0.7, (dispatch.sum(), len(LAYERS), HEADS))
     arms = [
-        {"key": "torch", "title": "Dense, torch SDPA", "note": "diffusers as it is", "time": {"attention": 2.0, "MLP": 1.5, "other": 0.2}},
-        {"key": "dense", "title": "Dense, our kernels", "note": "every bit set", "time": {"attention": 1.6, "MLP": 1.5, "other": 0.2}},
-        {"key": "flashomni", "title": "FlashOmni", "note": "N=3", "time": {"attention": 0.7, "MLP": 1.5, "other": 0.3}},
+        {
+            "key": "torch",
+            "title": "Dense, torch SDPA",
+            "note": "diffusers as it is",
+            "time": {"attention": 2.0, "MLP": 1.5, "other": 0.2},
+        },
+        {
+            "key": "dense",
+            "title": "Dense, our kernels",
+            "note": "every bit set",
+            "time": {"attention": 1.6, "MLP": 1.5, "other": 0.2},
+        },
+        {
+            "key": "flashomni",
+            "title": "FlashOmni",
+            "note": "N=3",
+            "time": {"attention": 0.7, "MLP": 1.5, "other": 0.3},
+        },
     ]
     pictures = []
     for i, prompt in enumerate(["a red star", "a <blue> & round circle"]):
@@ -52,7 +68,10 @@ def synthetic_run(folder, side: int = 32, seed: int = 0) -> data.Run:
                 "density": 1.0,
             }
             if arm["key"] != "torch":
-                results[arm["key"]] |= {"psnr": metrics.psnr(picture, reference), "ssim": metrics.ssim(picture, reference)}
+                results[arm["key"]] |= {
+                    "psnr": metrics.psnr(picture, reference),
+                    "ssim": metrics.ssim(picture, reference),
+                }
         pictures.append({"prompt": prompt, "seed": i, "arms": results})
     selected = rng.random((BLOCKS, BLOCKS)) < 0.4
     active = rng.random(BLOCKS) < 0.7
@@ -88,7 +107,9 @@ def synthetic_run(folder, side: int = 32, seed: int = 0) -> data.Run:
 def test_metrics_agree_with_scikit_image(noise):
     skimage = pytest.importorskip("skimage.metrics")
     a = scene(1, 64)
-    b = np.clip(a.astype(int) + np.random.default_rng(noise).integers(-noise, noise + 1, a.shape), 0, 255).astype(np.uint8)
+    b = np.clip(
+        a.astype(int) + np.random.default_rng(noise).integers(-noise, noise + 1, a.shape), 0, 255
+    ).astype(np.uint8)
     assert metrics.psnr(a, b) == pytest.approx(skimage.peak_signal_noise_ratio(a, b), abs=1e-9)
     assert metrics.ssim(a, b) == pytest.approx(skimage.structural_similarity(a, b, channel_axis=2), abs=1e-9)
 
@@ -169,7 +190,14 @@ def test_page_is_whole_and_self_contained(tmp_path):
     assert parsed.tags.count("img") == 2 * (3 + 2) + 1
     assert "&lt;blue&gt; &amp; round" in source and "<blue>" not in source
     assert "1.48×" in source  # 3.7 / 2.5
-    for title in ("Where the time went", "Step by step", "What was computed", "Masks", "Configuration", "Machine"):
+    for title in (
+        "Where the time went",
+        "Step by step",
+        "What was computed",
+        "Masks",
+        "Configuration",
+        "Machine",
+    ):
         assert title in source
 
 

@@ -1,18 +1,18 @@
 """The data of one demo run as plain JSON. Measuring writes it, rendering reads it; neither knows the other.
 
-    format     "flashomni-run/1"
-    created    ISO 8601, UTC
-    command    what was typed
-    machine    doctor.machine()
-    model      {name, dtype, parameters, tokens, text_tokens, layers: [name], heads}
-    config     fields of flashomni.Config, by name
-    steps      denoising steps a picture
-    schedule   one {kind: full|update|dispatch, ramp, since_update} a step
-    arms       [{key, title, note, time: {what: seconds a picture}}], the reference first
-    pictures   [{prompt, seed, arms: {key: {file, seconds, step_seconds, psnr, ssim, shows_prompt, density}}}];
-               files are PNGs beside the JSON; psnr, ssim are absent for the reference
-    density    {pairs, tiles: [step][layer][head], shares of what a dense step computes}
-    masks      [{step, layer, head, rows, columns, bits, text_blocks}], bits = base64 of packed little-endian rows
+format     "flashomni-run/1"
+created    ISO 8601, UTC
+command    what was typed
+machine    doctor.machine()
+model      {name, dtype, parameters, tokens, text_tokens, layers: [name], heads}
+config     fields of flashomni.Config, by name
+steps      denoising steps a picture
+schedule   one {kind: full|update|dispatch, ramp, since_update} a step
+arms       [{key, title, note, time: {what: seconds a picture}}], the reference first
+pictures   [{prompt, seed, arms: {key: {file, seconds, step_seconds, psnr, ssim, shows_prompt, density}}}];
+           files are PNGs beside the JSON; psnr, ssim are absent for the reference
+density    {pairs, tiles: [step][layer][head], shares of what a dense step computes}
+masks      [{step, layer, head, rows, columns, bits, text_blocks}], bits = base64 of packed little-endian rows
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def load(path: str | Path) -> Run:
 def save(content: dict, folder: Path) -> Path:
     """Writes run.json into `folder` and gives its path."""
     path = folder / "run.json"
-    path.write_text(json.dumps({"format": FORMAT, **content}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"format": FORMAT, **content}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
     return path
 
 

@@ -19,16 +19,12 @@ WIDTH = 920  # user units; the page scales figures to its own width
 
 
 def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{html.escape(str(content))}</text>'
-    )
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{html.escape(str(content))}</text>'
 
 
 def rect(x: float, y: float, w: float, h: float, fill: str, title: str = "", more: str = "") -> str:
     tip = f"<title>{html.escape(title)}</title>" if title else ""
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{h:.1f}" fill="{fill}" {more}>{tip}</rect>'
-    )
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{h:.1f}" fill="{fill}" {more}>{tip}</rect>'
 
 
 def svg(height: float, body: Sequence[str], label: str, width: float = WIDTH) -> str:
@@ -41,7 +37,9 @@ def svg(height: float, body: Sequence[str], label: str, width: float = WIDTH) ->
 
 def legend(items: Sequence[tuple[str, str]]) -> str:
     """HTML legend: (CSS colour, label)."""
-    spans = (f'<span><i style="background:{colour}"></i>{html.escape(label)}</span>' for colour, label in items)
+    spans = (
+        f'<span><i style="background:{colour}"></i>{html.escape(label)}</span>' for colour, label in items
+    )
     return '<p class="legend">' + "".join(spans) + "</p>"
 
 
@@ -101,7 +99,9 @@ def step_columns(kinds: Sequence[str], values: Sequence[float], reference: Seque
     for i, value in enumerate(values):
         h = value / largest * height
         tip = f"step {i} ({kinds[i]}): {seconds(value)}"
-        body.append(rect(left + i * w + 1.5, top + height - h, w - 3, h, f"var(--{kinds[i]})", tip, 'rx="1.5"'))
+        body.append(
+            rect(left + i * w + 1.5, top + height - h, w - 3, h, f"var(--{kinds[i]})", tip, 'rx="1.5"')
+        )
     for i, value in enumerate(reference):
         y = top + height - value / largest * height
         tip = f"<title>{html.escape(f'step {i}, dense: {seconds(value)}')}</title>"
@@ -121,7 +121,10 @@ def heat_map(values: np.ndarray, layers: Sequence[str], kinds: Sequence[str], wh
     left, top, gap = 120, 18, 7
     cell = max(7.0, min(15.0, 300 / (n_layers * heads)))
     w = (WIDTH - left - 8) / steps
-    body = [rect(left + s * w + 0.5, 0, w - 1, 9, f"var(--{kinds[s]})", f"step {s}: {kinds[s]}") for s in range(steps)]
+    body = [
+        rect(left + s * w + 0.5, 0, w - 1, 9, f"var(--{kinds[s]})", f"step {s}: {kinds[s]}")
+        for s in range(steps)
+    ]
     y = float(top)
     for layer in range(n_layers):
         body.append(text(left - 12, y + heads * cell / 2 + 4, layers[layer], "label", "end"))

@@ -62,10 +62,15 @@ def headline(run: data.Run) -> str:
             f"{figures.seconds(run.mean(run.reference, 'seconds'))} → {figures.seconds(run.mean(arm, 'seconds'))}",
             "a picture",
         ),
-        (psnr_text(run.mean(arm, "psnr")), f"PSNR against dense, SSIM {number(run.mean(arm, 'ssim'), '.3f')}"),
+        (
+            psnr_text(run.mean(arm, "psnr")),
+            f"PSNR against dense, SSIM {number(run.mean(arm, 'ssim'), '.3f')}",
+        ),
         (shows_text(run, arm), f"picture{'s' if drawn > 1 else ''} showing what the prompt says"),
     ]
-    return '<div class="cards">' + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in cards) + "</div>"
+    return (
+        '<div class="cards">' + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in cards) + "</div>"
+    )
 
 
 def results(run: data.Run) -> str:
@@ -104,7 +109,9 @@ def comparison(run: data.Run, index: int) -> str:
         else:
             difference = metrics.amplified_difference(reference, Image.open(path).convert("RGB"), GAIN)
             below = f'<img src="{figures.png_uri(difference)}" alt="difference times {GAIN}">'
-        verdict = {True: "shows the prompt", False: "does not show the prompt", None: ""}[result.get("shows_prompt")]
+        verdict = {True: "shows the prompt", False: "does not show the prompt", None: ""}[
+            result.get("shows_prompt")
+        ]
         quality = "" if key == run.reference else f" · {psnr_text(result['psnr'])}"
         cells.append(
             f"<figure><figcaption><b>{escape(arm['title'])}</b></figcaption>"
@@ -230,11 +237,11 @@ def render(run: data.Run) -> str:
 {"".join(comparison(run, i) for i in range(len(content["pictures"])))}
 <p>Below each picture: its difference from the reference, amplified {GAIN} times; black is equal.</p>
 {results(run)}
-<p>All from the same seed and the same noise. The first row is what diffusers does today. The second is this library
-with every block computed: it shows what its kernels give by themselves and, in its PSNR, how far rounding alone moves
-a picture. The third adds sparsity; its speed-up over the second is what sparsity gives. “Attention computed” is the share
-of block pairs over all steps. tiny_flux is a small model and this is one machine: neither says what a larger
-model gains.</p></section>
+<p>All from the same seed and the same noise. The first row is what diffusers does today. The second is this
+library with every block computed: it shows what its kernels give by themselves and, in its PSNR, how far rounding
+alone moves a picture. The third adds sparsity; its speed-up over the second is what sparsity gives. “Attention
+computed” is the share of block pairs over all steps. tiny_flux is a small model and this is one machine: neither
+says what a larger model gains.</p></section>
 {time_section(run)}
 {steps_section(run)}
 {density_section(run)}

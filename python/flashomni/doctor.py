@@ -1,0 +1,133 @@
+"""What this machine has, and whether FlashOmni can use it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+PACKAGES = {
+    "torch": "needed",
+    "apache-tvm-ffi": "needed: loads the C++ library",
+    "diffusers": "for flashomni.enable and tiny_flux",
+    "transformers": "for diffusers' pipelines",
+    "safetensors": "for tiny_flux",
+    "pillow": "for pictures",
+    "matplotlib": "for the quality plot",
+}
+ISA_FLAGS = {  # what /proc/cpuinfo says where the instruction set is there
+    "avx512bf16": ("avx512_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "generic": (),
+}
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_info() -> tuple[str, set[str]]:
+    """The chip's name and its feature flags; where /proc/cpuinfo is missing, what Python knows and no flags."""
+    name, flags = platform.processor() or platform.machine(), set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return name, flags
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() == "flags":
+            flags = set(value.split())
+    return name, flags
+
+
+def native() -> dict:
+    """State of the C++ library: {found, isa, backends, error}; never raises, since it is what a doctor reports."""
+    from flashomni import _native
+
+    try:
+        return {"found": True, "isa": _native.cpu_isa(), "backends": _native.backends(), "error": None}
+    except Exception as error:
+        return {"found": False, "isa": None, "backends": [], "error": str(error)}
+
+
+def machine() -> dict:
+    """What numbers from this machine depend on, flat and JSON-ready."""
+    import torch
+
+    import flashomni
+
+    name, _ = cpu_info()
+    return {
+        "cpu": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": native()["isa"],
+        "torch": torch.__version__,
+        "diffusers": package_version("diffusers"),
+        "flashomni": flashomni.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def report() -> dict:
+    """Everything that `flashomni doctor` prints: {ok, machine, native, isas, packages}."""
+    library = native()
+    _, flags = cpu_info()
+    isas = {isa: all(flag in flags for flag in need) for isa, need in ISA_FLAGS.items()}
+    packages = {name: (package_version(name), why) for name, why in PACKAGES.items()}
+    complete = all(version for version, why in packages.values() if why.startswith("needed"))
+    return {
+        "ok": library["found"] and complete and any(backend["serves"] for backend in library["backends"]),
+        "machine": machine(),
+        "native": library,
+        "isas": isas,
+        "packages": packages,
+    }
+
+
+def show(console) -> bool:
+    """Prints the report to a rich console; True if all is well."""
+    from rich.table import Table
+
+    found = report()
+    library, host = found["native"], found["machine"]
+    console.print(f"[bold]FlashOmni[/] {host['flashomni']} · Python {host['python']} · {host['system']}")
+    console.print(f"CPU: {host['cpu']}, {host['cores']} cores, {host['threads']} threads in use")
+    if library["found"]:
+        isas = ", ".join(
+            f"[bold green]{isa}[/]" if isa == library["isa"] else isa
+            for isa, there in found["isas"].items()
+            if there
+        )
+        forced = os.environ.get("FLASHOMNI_CPU_ISA")
+        console.print(
+            f"C++ library: found; instruction sets here: {isas}" + (f" (forced: {forced})" if forced else "")
+        )
+        table = Table(
+            "backend", "device", "serves", "why not", title="Backends, in order", title_justify="left"
+        )
+        for row in library["backends"]:
+            table.add_row(row["name"], row["device"], "yes" if row["serves"] else "no", row["reason"])
+        console.print(table)
+    else:
+        console.print("[bold red]C++ library: not usable[/]")
+        console.print(library["error"], markup=False)
+    table = Table("package", "version", "what for", title="Packages", title_justify="left")
+    for name, (version, why) in found["packages"].items():
+        table.add_row(name, version or "[red]missing[/]", why)
+    console.print(table)
+    if sys.version_info < (3, 11):
+        console.print("[red]Python 3.11 or newer is needed[/]")
+    console.print(
+        "[green]All is well.[/]" if found["ok"] else "[red]FlashOmni cannot run here yet: see above.[/]"
+    )
+    return found["ok"]
