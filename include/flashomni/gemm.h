@@ -39,7 +39,7 @@ struct GemmOUpdateArguments {
   int32_t orders = 1;  ///< D + 1: how many of o and cached are used
   std::array<TensorView, kMaxOrder + 1> o, cached;
   TensorView weight, bias, out;
-  int64_t head_dim = 0;
+  int64_t head_dim = 0;  ///< a multiple of 8
   TileSymbols tiles;
 };
 
@@ -50,7 +50,7 @@ struct GemmODispatchArguments {
   int32_t orders = 1;
   TensorView o, weight, coefficients, out;
   std::array<TensorView, kMaxOrder + 1> cached;
-  int64_t head_dim = 0;
+  int64_t head_dim = 0;  ///< a multiple of 8
   TileSymbols tiles;
 };
 

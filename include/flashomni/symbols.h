@@ -80,7 +80,8 @@ FLASHOMNI_API void segment_pack_bits(const TensorView& values, const TensorView&
 
 /// Skip bits of every batch element as ascending block lists, the layout of cuDNN's and FlashAttention-4's
 /// block sparsity: `indices` int32 [batch, heads, q_blocks, capacity], `counts` int32 [batch, heads,
-/// q_blocks]. Rows of cached tiles have count 0. ValueError where a row needs more than `capacity`. CPU.
+/// q_blocks]. Rows of cached tiles have count 0; indices past a count are 0. ValueError where a row needs
+/// more than `capacity`. CPU.
 FLASHOMNI_API void to_block_lists(const Symbols& symbols, const SymbolGeometry& geometry, int64_t batch,
                                   const TensorView& indices, const TensorView& counts);
 /// The inverse: writes `symbols.skip` (all bits), and `symbols.cache` where present (a row with count 0 is

@@ -7,13 +7,6 @@
 namespace flashomni {
 namespace {
 
-void check_head_dim(int64_t head_dim) {
-  constexpr int64_t kAllowed[] = {64, 72, 80, 96, 128, 256};
-  if (std::find(std::begin(kAllowed), std::end(kAllowed), head_dim) == std::end(kAllowed)) {
-    fail(ErrorKind::kValue, "q", "a head dimension of 64, 72, 80, 96, 128 or 256", text(head_dim));
-  }
-}
-
 /// Token counts of batch element b. Reads the indptrs, which CUDA tensors do not allow.
 struct Lengths {
   const AttentionArguments& a;
@@ -34,7 +27,7 @@ Lengths check_tensors(const AttentionArguments& a) {
   if (ragged) {
     check::tensor(a.q, "q", dtype, device, {check::kAny, check::kAny, check::kAny});
     const int64_t dim = a.q.size(2);
-    check_head_dim(dim);
+    check::head_dim(dim, "q");
     check::tensor(a.k, "k", dtype, device, {check::kAny, check::kAny, dim});
     check::tensor(a.v, "v", dtype, device, {a.k.size(0), a.k.size(1), dim});
     check::output(a.out, "out", dtype, device, {a.q.size(0), a.q.size(1), dim});
@@ -44,7 +37,7 @@ Lengths check_tensors(const AttentionArguments& a) {
   } else {
     check::tensor(a.q, "q", dtype, device, {check::kAny, check::kAny, check::kAny, check::kAny});
     const int64_t batch = a.q.size(0), dim = a.q.size(3);
-    check_head_dim(dim);
+    check::head_dim(dim, "q");
     check::tensor(a.k, "k", dtype, device, {batch, check::kAny, check::kAny, dim});
     check::tensor(a.v, "v", dtype, device, {batch, a.k.size(1), a.k.size(2), dim});
     check::output(a.out, "out", dtype, device, {batch, a.q.size(1), a.q.size(2), dim});

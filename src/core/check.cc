@@ -126,6 +126,13 @@ void at_least(int64_t value, int64_t least, const char* name) {
   if (value < least) fail(ErrorKind::kValue, name, text("at least ", least), text(value));
 }
 
+void head_dim(int64_t value, const char* tensor_name) {
+  constexpr int64_t kAllowed[] = {64, 72, 80, 96, 128, 256};
+  if (std::find(std::begin(kAllowed), std::end(kAllowed), value) == std::end(kAllowed)) {
+    fail(ErrorKind::kValue, tensor_name, "a head dimension of 64, 72, 80, 96, 128 or 256", text(value));
+  }
+}
+
 void fraction(float value, const char* name) {
   if (!(value >= 0.0f && value <= 1.0f)) fail(ErrorKind::kValue, name, "a number from 0 to 1", text(value));
 }

@@ -33,6 +33,8 @@ void float_tensor(const TensorView& view, const char* name);
 void disjoint(const TensorView& a, const char* a_name, const TensorView& b, const char* b_name);
 
 void at_least(int64_t value, int64_t least, const char* name);
+/// One that every kernel knows: 64, 72, 80, 96, 128 or 256.
+void head_dim(int64_t value, const char* tensor_name);
 void fraction(float value, const char* name);
 void finite(float value, const char* name);
 void block_size(int64_t value, const char* name);

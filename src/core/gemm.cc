@@ -41,7 +41,10 @@ void check_orders(int32_t orders) {
 
 void check_heads_fit(const TileSymbols& tiles, int64_t head_dim, const TensorView& o, const char* name) {
   check::at_least(tiles.heads, 1, "heads");
-  check::at_least(head_dim, 1, "head_dim");
+  // Kernels read k in vectors and in pairs: heads start on a whole one.
+  if (head_dim < 8 || head_dim % 8 != 0) {
+    fail(ErrorKind::kValue, "head_dim", "a positive multiple of 8", text(head_dim));
+  }
   const int64_t columns = o.size(2);
   if (columns / head_dim < tiles.heads) {
     fail(ErrorKind::kValue, name,

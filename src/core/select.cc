@@ -19,7 +19,7 @@ const Backend& check_all(const SelectArguments& a, const Context& context) {
                 {check::kAny, geometry.q_blocks(), check::kAny, check::kAny});
   const int64_t batch = a.q_mean.size(0), heads = a.q_mean.size(2), dim = a.q_mean.size(3);
   check::at_least(heads, 1, "heads of q_mean");
-  check::at_least(dim, 1, "head dimension of q_mean");
+  check::head_dim(dim, "q_mean");
   geometry.heads = heads;
   check::tensor(a.k_mean, "k_mean", DType::kFloat32, device, {batch, geometry.kv_blocks(), check::kAny, dim});
   const int64_t kv_heads = a.k_mean.size(2);
@@ -60,6 +60,7 @@ const Backend& check_all(const SelectArguments& a, const Context& context) {
 void block_mean(const BlockMeanArguments& a, const Context& context) {
   check::float_tensor(a.x, "x");
   check::tensor(a.x, "x", a.x.dtype, a.x.device, {check::kAny, check::kAny, check::kAny, check::kAny});
+  check::head_dim(a.x.size(3), "x");
   check::block_size(a.block, "block");
   check::output(a.out, "out", DType::kFloat32, a.x.device,
                 {a.x.size(0), ceil_div(a.x.size(1), a.block), a.x.size(2), a.x.size(3)});
@@ -84,12 +85,12 @@ void norm_rope(const NormRopeArguments& a, const Context& context) {
   const Device device = a.x.device;
   check::output(a.x, "x", a.x.dtype, device, {check::kAny, check::kAny, check::kAny, check::kAny});
   const int64_t rows = a.x.size(1), dim = a.x.size(3);
+  check::head_dim(dim, "x");
   if (a.weight.present()) check::tensor(a.weight, "weight", a.x.dtype, device, {dim});
   if (a.cos.present() != a.sin.present()) {
     fail(ErrorKind::kType, a.cos.present() ? "sin" : "cos", "a tensor, as its partner is given", "nothing");
   }
   if (a.cos.present()) {
-    if (dim % 2 != 0) fail(ErrorKind::kValue, "x", "an even head dimension, to rotate pairs", text(dim));
     check::tensor(a.cos, "cos", DType::kFloat32, device, {a.tokens, dim});
     check::tensor(a.sin, "sin", DType::kFloat32, device, {a.tokens, dim});
     check::rows_within(a.row_offset, rows, a.tokens, "x");
