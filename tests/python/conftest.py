@@ -11,7 +11,7 @@ import torch
 hypothesis.settings.register_profile(
     "flashomni",
     deadline=None,
-    max_examples=int(os.environ.get("FLASHOMNI_TEST_EXAMPLES", "25")),
+    max_examples=int(os.environ.get("FLASHOMNI_TEST_EXAMPLES", "60")),
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )

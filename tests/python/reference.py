@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Absolute and relative tolerance by dtype, for values of order 1. Half types: four unit roundoffs (2^-8, 2^-11),
-# for the rounding of the result, of probabilities or of a cached tensor on its way, and of the inputs' products.
+# Absolute and relative tolerance by dtype, for values of order 1. Half types: four unit roundoffs (2^-8 and
+# 2^-11), for the rounding of the result, of probabilities or of a cached tensor on its way, and of products.
 # float32: 256 unit roundoffs (2^-24), for sums of up to a few thousand terms.
 TOLERANCE = {torch.float32: 2.0**-16, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
@@ -146,7 +146,9 @@ def head_shares(
             share = active if is_active(cache, (row_offset + r) // block_q, heads, h) else cached
             share[r] += weight[:, part] @ o[r, part]
     past = heads * head_dim
-    return cached, active, o[:, past : weight.shape[1]] @ weight[:, past:].T
+    if o.shape[1] < weight.shape[1]:  # a derivative has the heads' columns only
+        return cached, active, torch.zeros_like(cached)
+    return cached, active, o[:, past:] @ weight[:, past:].T
 
 
 def gemm_o_update(

@@ -35,8 +35,8 @@ def is_direct(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], requir
     """Checks the tensor arguments; True if they can go straight to the native library.
 
     TypeError for what is no tensor (the first `required` may not be None), RuntimeError for tensors that
-    require grad, ValueError for lazily negated or conjugated views. False under torch.compile and for tensor
-    subclasses, which torch must see.
+    require grad, ValueError for lazily negated or conjugated views and tensors without plain memory. False
+    under torch.compile and for tensor subclasses, which torch must see.
     """
     compiling = torch.compiler.is_compiling()
     direct = not compiling
@@ -54,12 +54,19 @@ def is_direct(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], requir
                 f"{names[i]}: expected a tensor that does not require grad, as FlashOmni is for inference; "
                 "call it under torch.no_grad() or torch.inference_mode()"
             )
-        if not compiling and (tensor.is_neg() or tensor.is_conj()):
-            raise ValueError(
-                f"{names[i]}: expected a plain tensor, got a lazily negated or conjugated view; "
-                "resolve it with .resolve_neg() or .resolve_conj()"
-            )
+        if not compiling and (
+            tensor.is_neg() or tensor.is_conj() or tensor.is_meta or tensor.layout is not torch.strided
+        ):
+            raise ValueError(f"{names[i]}: expected a tensor with plain memory, got {_unusual(tensor)}")
     return direct
+
+
+def _unusual(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "one on the meta device"
+    if tensor.layout is not torch.strided:
+        return f"layout {tensor.layout}"
+    return "a lazily negated or conjugated view: resolve it with .resolve_neg() or .resolve_conj()"
 
 
 def invoke(function: str, like: Tensor, *arguments: Any) -> None:

@@ -1,0 +1,221 @@
+"""block_mean, select_flashomni and norm_rope against the float64 reference."""
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import BLOCKS, DTYPES, HEAD_DIMS, random, random_symbols, strided, token_mask
+
+from flashomni import SparseSymbols, block_mean, norm_rope, select_flashomni
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 400),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    block=st.sampled_from([64, 128]),
+    dtype=st.sampled_from(DTYPES),
+    view=st.booleans(),
+)
+def test_block_mean(seed, batch, tokens, heads, head_dim, block, dtype, view) -> None:
+    x = random(torch.Generator().manual_seed(seed), batch, tokens, heads, head_dim, dtype=dtype)
+    got = block_mean(strided(x) if view else x, block)
+    assert got.dtype == torch.float32
+    expected = torch.stack([reference.block_mean(x[b], block) for b in range(batch)])
+    reference.assert_close(got, expected, torch.float32)
+
+
+def select(q_mean, k_mean, tokens, text, tau_q, tau_kv, block, s_q=0.0) -> SparseSymbols:
+    batch, _, heads, _ = q_mean.shape
+    symbols = SparseSymbols.zeros(batch, heads, tokens, tokens, *block)
+    symbols.cache.fill_(0xA5)
+    symbols.skip.fill_(0x5A)
+    return select_flashomni(
+        *(q_mean, k_mean, symbols),
+        text_start=text[0],
+        text_length=text[1],
+        tau_q=tau_q,
+        tau_kv=tau_kv,
+        s_q=s_q,
+    )
+
+
+def means(seed, batch, tokens, heads, block, head_dim=64, spread=1.5):
+    generator = torch.Generator().manual_seed(seed)
+    q_blocks, kv_blocks = (reference.blocks(tokens, n) for n in block)
+    q_mean = spread * random(generator, batch, q_blocks, heads[0], head_dim)
+    return q_mean, spread * random(generator, batch, kv_blocks, heads[1], head_dim)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 2500),
+    heads=st.sampled_from([(1, 1), (3, 3), (4, 2)]),
+    block=st.sampled_from(BLOCKS),
+    text=st.sampled_from([(0, 0), (0, 16), (0, 77), (0, 226), (0, 512), (100, 130)]),
+    tau_q=st.sampled_from([0.0, 0.05, 0.3, 0.5, 0.9, 1.0]),
+    tau_kv=st.sampled_from([0.0, 0.05, 0.15, 0.5, 1.0]),
+    head_dim=st.sampled_from(HEAD_DIMS),
+)
+def test_selection(seed, batch, tokens, heads, block, text, tau_q, tau_kv, head_dim) -> None:
+    """Bits may differ from the reference only where rounding may turn them; Choice.sure says where that is.
+
+    One share in a row or head can lie on the limit, and random shares are not equal, so nearly all bits are
+    sure: the test fails if they are not.
+    """
+    start, length = min(text[0], tokens), min(text[1], max(0, tokens - text[0]))
+    q_mean, k_mean = means(seed, batch, tokens, heads, block, head_dim)
+    symbols = select(q_mean, k_mean, tokens, (start, length), tau_q, tau_kv, block)
+    cache, skip = symbols.masks()
+    text_q = reference.text_blocks(tokens, block[0], start, length)
+    text_kv = reference.text_blocks(tokens, block[1], start, length)
+    assert cache[..., text_q].all(), "text rows are never cached"
+    assert skip[..., text_q, :].all(), "text rows are never skipped"
+    assert not skip[~cache].any(), "bits of cached rows are 0"
+    assert skip[cache].any(-1).all(), "an active row keeps a block"
+    unsure = total = 0
+    for b in range(batch):
+        for h in range(heads[0]):
+            cached, skipped = reference.select_flashomni(
+                *(q_mean[b, :, h], k_mean[b, :, h * heads[1] // heads[0]], tokens, start, length),
+                *(tau_q, tau_kv, reference.Blocks(*block)),
+            )
+            assert torch.equal(~cache[b, h][cached.sure], cached.chosen[cached.sure])
+            rows = cache[b, h]
+            assert skip[b, h][rows][:, text_kv].all(), "text columns are never skipped"
+            sure = skipped.sure[rows]
+            assert torch.equal(~skip[b, h][rows][sure], skipped.chosen[rows][sure])
+            unsure += int((~cached.sure).sum()) + int((~sure).sum())
+            total += cached.sure.numel() + sure.numel()
+    if 0 < tau_q < 1 and 0 < tau_kv < 1:
+        assert unsure <= 2 + total // 20
+
+
+def test_tau_zero_computes_everything() -> None:
+    q_mean, k_mean = means(0, 2, 1000, (3, 3), (128, 128))
+    symbols = select(q_mean, k_mean, 1000, (0, 77), 0.0, 0.0, (128, 128))
+    assert symbols.density() == 1.0
+
+
+def test_tau_one_computes_the_text_alone() -> None:
+    q_mean, k_mean = means(1, 1, 1000, (2, 2), (128, 128))
+    cache, _ = select(q_mean, k_mean, 1000, (0, 77), 1.0, 0.0, (128, 128)).masks()
+    # The shares add up to 1 only to rounding, so the heaviest block may stay.
+    assert cache[..., 0].all() and int(cache[..., 1:].sum(-1).max()) <= 1
+
+
+def test_more_tau_selects_less() -> None:
+    q_mean, k_mean = means(2, 1, 4000, (4, 4), (128, 64))
+    densities = [
+        select(q_mean, k_mean, 4000, (0, 226), tau, tau / 2, (128, 64)).density()
+        for tau in (0.0, 0.1, 0.3, 0.6, 0.9)
+    ]
+    assert densities == sorted(densities, reverse=True) and densities[-1] < 0.5 < densities[0]
+
+
+@pytest.mark.parametrize("s_q", [0.3, 0.6, 1.0])
+def test_a_layer_with_few_active_tiles_is_reused(s_q: float) -> None:
+    q_mean, k_mean = means(3, 4, 3000, (2, 2), (128, 128))
+    without = select(q_mean, k_mean, 3000, (0, 226), 0.5, 0.1, (128, 128))
+    symbols = select(q_mean, k_mean, 3000, (0, 226), 0.5, 0.1, (128, 128), s_q=s_q)
+    for b in range(4):
+        cache, _ = (mask[b] for mask in without.masks())
+        if float(cache.float().mean()) <= s_q:
+            assert not symbols.cache[b].any()
+        else:
+            assert torch.equal(symbols.cache[b], without.cache[b])
+            assert torch.equal(symbols.skip[b], without.skip[b])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_scores_that_are_not_finite_give_valid_symbols(bad: float) -> None:
+    q_mean, k_mean = means(4, 1, 1500, (2, 2), (128, 128))
+    q_mean[0, 3:6, 0] = bad
+    k_mean[0, 7, 1] = bad
+    cache, skip = select(q_mean, k_mean, 1500, (0, 77), 0.5, 0.2, (128, 128)).masks()
+    assert cache[..., 0].all() and skip[cache].any(-1).all() and not skip[~cache].any()
+
+
+def test_equal_blocks_share_the_choice_by_index() -> None:
+    # With equal scores every share is the same, so the number of cached blocks is what tau_q buys.
+    q_mean, k_mean = torch.ones(1, 11, 1, 64), torch.ones(1, 11, 1, 64)
+    cache, skip = select(q_mean, k_mean, 11 * 128, (0, 128), 0.55, 0.0, (128, 128)).masks()
+    assert int((~cache).sum()) == 5 and not (~cache)[0, 0, 0]
+    assert skip[0, 0][cache[0, 0]].all()
+
+
+def rope_table(generator, tokens, head_dim):
+    """cos and sin as diffusers' FLUX makes them: each frequency twice, for the pair (2i, 2i + 1)."""
+    angles = torch.rand(tokens, head_dim // 2, generator=generator) * 6.3
+    return angles.cos().repeat_interleave(2, 1), angles.sin().repeat_interleave(2, 1)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 150),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    dtype=st.sampled_from(DTYPES),
+    row_offset=st.sampled_from([0, 16, 77, 226, 512]),
+    parts=st.sampled_from(["norm", "rope", "both"]),
+    sparse=st.booleans(),
+    view=st.booleans(),
+)
+def test_norm_rope(seed, batch, tokens, heads, head_dim, dtype, row_offset, parts, sparse, view) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = random(generator, batch, tokens, heads, head_dim, dtype=dtype)
+    weight = None if parts == "rope" else random(generator, head_dim, dtype=dtype)
+    cos, sin = (None, None) if parts == "norm" else rope_table(generator, row_offset + tokens + 9, head_dim)
+    symbols = None
+    if sparse:
+        symbols = random_symbols(generator, batch, heads, *(row_offset + tokens + 9,) * 2, (64, 64))
+    cache = [None] * batch if symbols is None else symbols.cache
+    block_q = 64 if sparse else 128
+    expected = torch.stack(
+        [
+            reference.norm_rope(x[b], weight, cos, sin, cache[b], 1e-6, block_q, row_offset)
+            for b in range(batch)
+        ]
+    )
+    target = strided(x) if view else x.clone()
+    got = norm_rope(target, weight, cos, sin, symbols=symbols, row_offset=row_offset)
+    assert got is target
+    scale = (
+        1 + float(weight.abs().max()) if weight is not None else 2.0
+    )  # values are not of order 1: rows are
+    reference.assert_close(target / scale, expected / scale, dtype)
+    if symbols is not None:
+        cached = ~token_mask(symbols.masks()[0], tokens, 64, row_offset)
+        assert torch.equal(target[cached], x[cached]), "cached tiles are untouched to the bit"
+
+
+def test_rope_is_diffusers() -> None:
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    ids = torch.stack([torch.zeros(40), torch.arange(40) // 8, torch.arange(40) % 8], 1)
+    cos, sin = (
+        torch.cat(parts, -1)
+        for parts in zip(
+            *(
+                embeddings.get_1d_rotary_pos_embed(
+                    dim, ids[:, i], repeat_interleave_real=True, use_real=True, freqs_dtype=torch.float64
+                )
+                for i, dim in enumerate((16, 24, 24))
+            ),
+            strict=True,
+        )
+    )
+    cos, sin = cos.float(), sin.float()
+    x = torch.randn(2, 40, 3, 64)
+    expected = embeddings.apply_rotary_emb(x, (cos, sin), sequence_dim=1)
+    torch.testing.assert_close(norm_rope(x.clone(), None, cos, sin), expected)
+
+
+def test_norm_is_torchs() -> None:
+    x, weight = torch.randn(2, 40, 3, 64), torch.randn(64)
+    expected = torch.nn.functional.rms_norm(x, (64,), weight, 1e-5)
+    torch.testing.assert_close(norm_rope(x.clone(), weight, None, None, eps=1e-5), expected)
