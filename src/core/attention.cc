@@ -82,6 +82,10 @@ void check_summaries(const AttentionArguments& a, const Lengths& lengths) {
          "nothing");
   }
   if (!a.k_mean.present() && !a.kv_block_len.present()) return;
+  if (a.k_mean.present() && a.causal) {
+    fail(ErrorKind::kNotImplemented, "k_mean", "summaries of skipped blocks without causal",
+         "both: a summary holds keys that a row may not see");
+  }
   if (lengths.ragged) {
     fail(ErrorKind::kNotImplemented, a.k_mean.present() ? "k_mean" : "kv_block_len",
          "a batch without indptrs", "a ragged one");
