@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -182,7 +183,7 @@ def quality_command(
     ] = False,
     threads: Threads = 0,
 ) -> None:
-    """Sweep the settings on tiny_flux: density, speed, and how far pictures move from dense. Resumes where it was cut."""
+    """Sweep settings on tiny_flux: density, speed, distance from dense pictures. Goes on where it was cut."""
     from rich.progress import Progress
 
     from flashomni import quality
@@ -311,6 +312,9 @@ def bench_e2e(
 
 
 def main() -> None:
+    # Their start-up remarks (no torchvision, a cast that loses nothing) would hide what the commands say.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     app()
 
 

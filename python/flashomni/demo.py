@@ -1,4 +1,6 @@
-"""The demo: each picture three times from the same noise: dense with torch, dense with our kernels, sparse."""
+"""The demo: each picture three times from the same noise: dense with torch, dense with our kernels,
+sparse.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +150,9 @@ def density_by_step(plans: Sequence, masks: dict[int, dict], layers: int, heads:
 
 
 def sample_masks(masks: dict[int, dict], names: list[str], shown: int = MASKS_SHOWN) -> list[dict]:
-    """A few masks spread over steps, layers and heads: the first, middle and last Update, every layer in turn."""
+    """A few masks spread over steps, layers and heads: the first, middle and last Update, every layer in
+    turn.
+    """
     if not masks:
         return []
     steps = sorted(masks)
@@ -280,8 +284,8 @@ def results_table(found: data.Run):
     table = Table(
         title=f"tiny_flux, {found.json['steps']} steps, {found.json['model']['dtype']}", title_justify="left"
     )
-    for name in ("", "seconds an image", "speed-up", "density", "PSNR", "SSIM", "shows the prompt"):
-        table.add_column(name, justify="left" if not name else "right")
+    for name in ("", "an image", "speed-up", "density", "PSNR", "SSIM", "shows prompt"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for arm in found.json["arms"]:
         key, ssim = arm["key"], found.mean(arm["key"], "ssim")
         table.add_row(

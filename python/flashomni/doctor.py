@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
 from pathlib import Path
 
 PACKAGES = {
@@ -33,7 +32,9 @@ def package_version(name: str) -> str | None:
 
 
 def cpu_info() -> tuple[str, set[str]]:
-    """The chip's name and its feature flags; where /proc/cpuinfo is missing, what Python knows and no flags."""
+    """The chip's name and its feature flags; where /proc/cpuinfo is missing, what Python knows and no
+    flags.
+    """
     name, flags = platform.processor() or platform.machine(), set()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -49,7 +50,9 @@ def cpu_info() -> tuple[str, set[str]]:
 
 
 def native() -> dict:
-    """State of the C++ library: {found, isa, backends, error}; never raises, since it is what a doctor reports."""
+    """State of the C++ library: {found, isa, backends, error}; never raises, since it is what a doctor
+    reports.
+    """
     from flashomni import _native
 
     try:
@@ -125,8 +128,6 @@ def show(console) -> bool:
     for name, (version, why) in found["packages"].items():
         table.add_row(name, version or "[red]missing[/]", why)
     console.print(table)
-    if sys.version_info < (3, 11):
-        console.print("[red]Python 3.11 or newer is needed[/]")
     console.print(
         "[green]All is well.[/]" if found["ok"] else "[red]FlashOmni cannot run here yet: see above.[/]"
     )

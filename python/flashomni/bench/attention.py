@@ -18,9 +18,11 @@ PATTERNS = ("random", "clustered")
 def run(
     *, tokens: int, heads: int, head_dim: int, block: int, dtype: torch.dtype, rounds: int, seed: int = 0
 ) -> list[dict]:
-    """Rows of suite "attention". density = selected share of block pairs; pattern "tiles": whole tiles cached.
+    """Rows of suite "attention". density = selected share of block pairs; pattern "tiles": whole tiles
+    cached.
 
-    symbols_ms: what choosing symbols of this geometry costs (block means of q and k, then selection), timed in
+    symbols_ms: what choosing symbols of this geometry costs (block means of q and k, then selection), timed
+    in
     the same run; ratio_with_symbols counts it in.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -44,8 +44,10 @@ class _AttentionTimer(TorchFunctionMode):
 class ModelClock:
     """Times one run of a FLUX transformer on the CPU, by what its seconds go into.
 
-    With an `engine` (what flashomni.enable gives) the engine's own ledger times what it runs; without one, hooks on
-    the modules and a watch on torch's SDPA do. In a single block the output projection also holds the second half of
+    With an `engine` (what flashomni.enable gives) the engine's own ledger times what it runs; without one,
+    hooks on
+    the modules and a watch on torch's SDPA do. In a single block the output projection also holds the second
+    half of
     the MLP: one matrix in FLUX, so it counts as projection in every arm.
 
         with ModelClock(pipe.transformer, engine) as clock: ...

@@ -62,7 +62,9 @@ class Run:
 
 
 def load(path: str | Path) -> Run:
-    """Reads a run. `path`: its JSON file, or the folder that holds run.json. Raises ValueError if it is no run."""
+    """Reads a run. `path`: its JSON file, or the folder that holds run.json. Raises ValueError if it is no
+    run.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "run.json"
@@ -91,7 +93,9 @@ def save(content: dict, folder: Path) -> Path:
 
 
 def pack_mask(mask: np.ndarray) -> str:
-    """A bool matrix as base64 of its bits, row after row, 8 to a byte, little-endian (as the symbols themselves)."""
+    """A bool matrix as base64 of its bits, row after row, 8 to a byte, little-endian (as the symbols
+    themselves).
+    """
     return base64.b64encode(np.packbits(np.asarray(mask, dtype=bool).ravel(), bitorder="little")).decode()
 
 

@@ -1,6 +1,7 @@
 """Figures of the report as inline SVG strings and PNG data URIs.
 
-Colours are CSS variables of the page (page.py), so one figure serves light and dark and prints well. Every figure
+Colours are CSS variables of the page (page.py), so one figure serves light and dark and prints well. Every
+figure
 says its values as text too (titles that appear on hover), so that none depends on colour alone.
 """
 
@@ -19,12 +20,14 @@ WIDTH = 920  # user units; the page scales figures to its own width
 
 
 def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{html.escape(str(content))}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text {place} class="{kind}">{html.escape(str(content))}</text>'
 
 
 def rect(x: float, y: float, w: float, h: float, fill: str, title: str = "", more: str = "") -> str:
     tip = f"<title>{html.escape(title)}</title>" if title else ""
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{h:.1f}" fill="{fill}" {more}>{tip}</rect>'
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{h:.1f}"'
+    return f'<rect {place} fill="{fill}" {more}>{tip}</rect>'
 
 
 def svg(height: float, body: Sequence[str], label: str, width: float = WIDTH) -> str:
@@ -85,7 +88,9 @@ def stacked_bars(rows: Sequence[tuple[str, dict[str, float]]], colours: dict[str
 
 
 def step_columns(kinds: Sequence[str], values: Sequence[float], reference: Sequence[float]) -> str:
-    """Seconds of each denoising step as columns coloured by the step's kind, over the reference's as a line."""
+    """Seconds of each denoising step as columns coloured by the step's kind, over the reference's as a
+    line.
+    """
     left, top, height = 52, 10, 150
     n = max(len(values), 1)
     w = (WIDTH - left - 8) / n
@@ -105,10 +110,8 @@ def step_columns(kinds: Sequence[str], values: Sequence[float], reference: Seque
     for i, value in enumerate(reference):
         y = top + height - value / largest * height
         tip = f"<title>{html.escape(f'step {i}, dense: {seconds(value)}')}</title>"
-        body.append(
-            f'<line x1="{left + i * w:.1f}" x2="{left + (i + 1) * w:.1f}" y1="{y:.1f}" y2="{y:.1f}" class="ref">'
-            f"{tip}</line>"
-        )
+        place = f'x1="{left + i * w:.1f}" x2="{left + (i + 1) * w:.1f}" y1="{y:.1f}" y2="{y:.1f}"'
+        body.append(f'<line {place} class="ref">{tip}</line>')
     every = 1 if n <= 30 else 5
     for i in range(0, n, every):
         body.append(text(left + (i + 0.5) * w, top + height + 16, i, "axis", "middle"))
@@ -116,7 +119,9 @@ def step_columns(kinds: Sequence[str], values: Sequence[float], reference: Seque
 
 
 def heat_map(values: np.ndarray, layers: Sequence[str], kinds: Sequence[str], what: str) -> str:
-    """Shares in 0..1, [step, layer, head], as one row a (layer, head) and one column a step; 1 = full colour."""
+    """Shares in 0..1, [step, layer, head], as one row a (layer, head) and one column a step; 1 = full
+    colour.
+    """
     steps, n_layers, heads = values.shape
     left, top, gap = 120, 18, 7
     cell = max(7.0, min(15.0, 300 / (n_layers * heads)))
@@ -157,7 +162,9 @@ MASK_COLOURS = {"computed": (31, 111, 235), "skipped": (208, 215, 222), "cached"
 
 
 def mask_image(selected: np.ndarray, active: np.ndarray) -> str:
-    """One pixel a block pair, data URI. selected bool [rows, columns]; active bool [rows]: S_c's bit of each row."""
+    """One pixel a block pair, data URI. selected bool [rows, columns]; active bool [rows]: S_c's bit of each
+    row.
+    """
     picture = np.where(selected[..., None], MASK_COLOURS["computed"], MASK_COLOURS["skipped"])
     picture = np.where(active[:, None, None], picture, MASK_COLOURS["cached"])
     return png_uri(picture.astype(np.uint8))

@@ -29,7 +29,9 @@ def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
 
 
 def psnr(a, b) -> float:
-    """Peak signal-to-noise ratio in dB, peak 255, over all pixels and channels; PSNR_OF_EQUAL if they are equal."""
+    """Peak signal-to-noise ratio in dB, peak 255, over all pixels and channels; PSNR_OF_EQUAL if they are
+    equal.
+    """
     a, b = _pair(a, b)
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     if error == 0:

@@ -49,7 +49,8 @@ def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     """A table; cells are HTML already."""
     thead = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{thead}</tr></thead><tbody>{body}</tbody></table></div>'
+    rows_html = f"<thead><tr>{thead}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{rows_html}</table></div>'
 
 
 def headline(run: data.Run) -> str:
@@ -59,7 +60,7 @@ def headline(run: data.Run) -> str:
     cards = [
         (f"{run.speed_up(arm):.2f}×", "end-to-end speed-up over dense torch"),
         (
-            f"{figures.seconds(run.mean(run.reference, 'seconds'))} → {figures.seconds(run.mean(arm, 'seconds'))}",
+            " → ".join(figures.seconds(run.mean(key, "seconds")) for key in (run.reference, arm)),
             "a picture",
         ),
         (
@@ -134,9 +135,11 @@ def time_section(run: data.Run) -> str:
         "<section><h2>Where the time went</h2>"
         + figures.stacked_bars(ordered, TIME_COLOURS)
         + figures.legend([(TIME_COLOURS[what], what) for what in used])
-        + "<p>Mean seconds of one picture, measured inside the runs above. “Projections” are the linear layers around "
-        "attention (queries, keys, values, output), which the two sparse GEMMs thin out; “other” is what is left of "
-        "the wall clock: norms, modulation, the scheduler, Python.</p></section>"
+        + "<p>Mean seconds of one picture, measured inside the runs above. “Projections” are the linear "
+        "layers around "
+        "attention (queries, keys, values, output), which the two sparse GEMMs thin out; “other” is what is "
+        "left of "
+        "the wall clock: norms, rotary embedding, modulation, the scheduler, Python.</p></section>"
     )
 
 
@@ -146,7 +149,8 @@ def steps_section(run: data.Run) -> str:
     first = run.json["pictures"][0]["arms"]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KIND_LABELS if kind in kinds)
     return (
-        f"<section><h2>Step by step</h2><p>{len(kinds)} steps: {counts}. Columns: FlashOmni; the line: dense torch, "
+        f"<section><h2>Step by step</h2><p>{len(kinds)} steps: {counts}. Columns: FlashOmni; the line: dense "
+        f"torch, "
         "same prompt and seed. The first picture.</p>"
         + figures.step_columns(kinds, first[arm]["step_seconds"], first[run.reference]["step_seconds"])
         + figures.legend([(f"var(--{kind})", label) for kind, label in KIND_LABELS.items() if kind in kinds])
@@ -167,8 +171,10 @@ def density_section(run: data.Run) -> str:
         + figures.heat_map(pairs, layers, kinds, "of block pairs computed")
         + "<h3>Query and output projections: tiles (a block of tokens in one head)</h3>"
         + figures.heat_map(tiles, layers, kinds, "of tiles computed")
-        + "<p>One line a head, dark = all of it, pale = none; the strip on top is the step's kind. Attention falls "
-        "twice: a cached tile needs none of its pairs, and an active one skips those of little mass.</p></section>"
+        + "<p>One line a head, dark = all of it, pale = none; the strip on top is the step's kind. Attention "
+        "falls "
+        "twice: a cached tile needs none of its pairs, and an active one skips those of little "
+        "mass.</p></section>"
     )
 
 
@@ -182,8 +188,10 @@ def masks_section(run: data.Run) -> str:
         active = data.unpack_mask(mask["active"], mask["rows"], 1)[:, 0]
         cells.append(
             f'<figure><img class="mask" src="{figures.mask_image(selected, active)}" '
-            f'alt="mask of {escape(mask["layer"])}, head {mask["head"]}"><figcaption>{escape(mask["layer"])}, head '
-            f"{mask['head']}, step {mask['step']}<br>{selected.mean():.0%} of pairs, {active.mean():.0%} of tiles"
+            f'alt="mask of {escape(mask["layer"])}, head '
+            f'{mask["head"]}"><figcaption>{escape(mask["layer"])}, head '
+            f"{mask['head']}, step {mask['step']}<br>{selected.mean():.0%} of pairs, {active.mean():.0%} of "
+            f"tiles"
             "</figcaption></figure>"
         )
     size = (masks[0]["rows"], masks[0]["columns"])
@@ -195,7 +203,8 @@ def masks_section(run: data.Run) -> str:
     }
     return (
         "<section><h2>Masks</h2>"
-        f"<p>One pixel is one pair of blocks: {size[0]} query blocks down, {size[1]} key blocks across; the first block "
+        f"<p>One pixel is one pair of blocks: {size[0]} query blocks down, {size[1]} key blocks across; the "
+        f"first block "
         "holds the text and is never cached nor skipped. Chosen at an Update, obeyed until the next.</p>"
         f'<div class="masks">{"".join(cells)}</div>'
         + figures.legend([(colour, labels[what]) for colour, what in colours])
@@ -226,8 +235,10 @@ def render(run: data.Run) -> str:
     content = run.json
     prompts = "; ".join(picture["prompt"] for picture in content["pictures"])
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>FlashOmni: {escape(prompts)}</title><style>{CSS}</style></head>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,
+initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>FlashOmni:
+{escape(prompts)}</title><style>{CSS}</style></head>
 <body><main>
 <header><h1>FlashOmni</h1><p>{escape(content["model"]["name"])}, {content["steps"]} steps,
 {escape(content["model"]["dtype"])}, {escape(content["machine"].get("cpu", ""))}
@@ -238,16 +249,20 @@ def render(run: data.Run) -> str:
 <p>Below each picture: its difference from the reference, amplified {GAIN} times; black is equal.</p>
 {results(run)}
 <p>All from the same seed and the same noise. The first row is what diffusers does today. The second is this
-library with every block computed: it shows what its kernels give by themselves and, in its PSNR, how far rounding
-alone moves a picture. The third adds sparsity; its speed-up over the second is what sparsity gives. “Attention
-computed” is the share of block pairs over all steps. tiny_flux is a small model and this is one machine: neither
+library with every block computed: it shows what its kernels give by themselves and, in its PSNR, how far
+rounding
+alone moves a picture. The third adds sparsity; its speed-up over the second is what sparsity gives.
+“Attention
+computed” is the share of block pairs over all steps. tiny_flux is a small model and this is one machine:
+neither
 says what a larger model gains.</p></section>
 {time_section(run)}
 {steps_section(run)}
 {density_section(run)}
 {masks_section(run)}
 {facts_section(run)}
-<footer><p>Drawn by <code>{escape(content["command"])}</code>. The numbers are in <code>run.json</code> beside this page;
+<footer><p>Drawn by <code>{escape(content["command"])}</code>. The numbers are in <code>run.json</code>
+beside this page;
 <code>flashomni report</code> draws it anew from them.</p></footer>
 </main></body></html>
 """
