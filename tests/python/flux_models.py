@@ -11,7 +11,7 @@ HEADS, HEAD_DIM = 2, 64
 
 
 def tiny_transformer(seed: int = 0, doubles: int = 1, singles: int = 2) -> FluxTransformer2DModel:
-    """float32, head_dim 64. Modulation and projections are scaled up so that attention matters to the output."""
+    """float32, head_dim 64. Modulation and projections are scaled up, for attention to matter."""
     torch.manual_seed(seed)
     model = FluxTransformer2DModel(
         num_attention_heads=HEADS,
@@ -51,9 +51,7 @@ def tiny_pipeline(seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs) -
 
 def draw(pipe: FluxPipeline, steps: int = 8, text: int = 16, batch: int = 1, guided: bool = False, **kwargs):
     """Latents of a run with fixed noise and embeddings; 19 x 17 = 323 image tokens, an odd number."""
-    generator = torch.Generator().manual_seed(
-        1
-    )  # on the float32 grid, so that every dtype rounds the same numbers
+    generator = torch.Generator().manual_seed(1)  # every dtype rounds the same numbers
     dtype = pipe.transformer.dtype
 
     def noise(*shape: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The method once more, slowly, in float64: diffusers' own model with processors that mask and forecast O itself.
+"""The method once more, in float64: diffusers' own model with processors that mask and forecast O itself.
 
-Written from the paper (arXiv 2509.25401) and TaylorSeer (arXiv 2503.06923): no operator and no engine of ours. What
-is shared with the code under test is the symbols alone, which a RecordingPolicy writes down.
+Written from the paper (arXiv 2509.25401) and TaylorSeer (arXiv 2503.06923): no operator and no engine of
+ours. What is shared with the code under test is the symbols alone, which a RecordingPolicy writes down.
 """
 
 from __future__ import annotations

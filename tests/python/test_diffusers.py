@@ -333,7 +333,7 @@ def test_a_hook_that_came_later_outlives_disable():
 
 
 def test_image_to_image_begins_in_the_middle():
-    """Pipelines that start late set all timesteps and then where they begin: the plan is of the steps to come."""
+    """Pipelines that start late set all timesteps, then where they begin: the plan is of those to come."""
     pipe = tiny_pipeline()
     engine = flashomni.enable(pipe, config(policy="dense"))
     pipe.scheduler.set_timesteps(10, mu=0.5)

@@ -86,7 +86,7 @@ def linear_feature(order: int) -> tuple[Toy, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("order", "power"), [(1, 1), (2, 1), (2, 0), (0, 0)])
 def test_a_feature_linear_in_t_is_forecast_exactly(order, power):
-    """O(t) = a + b t^power, all image tiles cached: from order `power` on, Dispatch gives what dense would."""
+    """O(t) = a + b t^power, all image tiles cached: from order `power` on, Dispatch equals dense."""
     toy, a, b = linear_feature(order)
     steps = [a + b * t**power for t in range(10)]
     for t, (x, got) in enumerate(zip(steps, toy.run(steps), strict=True)):

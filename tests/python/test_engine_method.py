@@ -1,4 +1,4 @@
-"""The engine computes the method: against a slow float64 implementation, over whole runs, through diffusers' FLUX."""
+"""The engine computes the method: against a slow float64 implementation, over whole runs of FLUX."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import flashomni
 from flashomni import Config
 from flashomni.policies import FlashOmniPolicy, Policy, RandomPolicy
 
-# float32 against float64: products of length up to 640 over 3 layers and 10 steps. Rounding gives about 1e-6; what
-# the sparsity changes is above 1e-2 (asserted).
+# float32 against float64: products of length up to 640 over 3 layers and 10 steps. Rounding gives about 1e-6;
+# what the sparsity changes is above 1e-2 (asserted).
 TOLERANCE = 1e-5
 
 

@@ -93,13 +93,13 @@ class _Attachment:
         pipe = self.pipe() if self.pipe is not None else None
         if pipe is not None and pipe.scheduler is not self.scheduler:
             raise RuntimeError(
-                "flashomni: the pipeline's scheduler was replaced since flashomni.enable(pipe): call disable(pipe) "
-                "and enable(pipe, config) again"
+                "flashomni: the pipeline's scheduler was replaced since flashomni.enable(pipe): "
+                "call disable(pipe) and enable(pipe, config) again"
             )
         if torch.is_grad_enabled() and any(p.requires_grad for p in transformer.parameters()):
             raise RuntimeError(
-                "flashomni: expected inference (torch.no_grad() or torch.inference_mode()), got grad mode on and "
-                "parameters that require grad; to train, call flashomni.disable() first"
+                "flashomni: expected inference (torch.no_grad() or torch.inference_mode()), got grad mode on "
+                "and parameters that require grad; to train, call flashomni.disable() first"
             )
         parameter = next(transformer.parameters())
         if torch.is_autocast_enabled(parameter.device.type):
@@ -119,14 +119,15 @@ def enable(
 ) -> Engine:
     """Makes a diffusers pipeline, or a bare transformer, compute sparsely until disable().
 
-    target: a pipeline with a supported `transformer`, whose scheduler then is the clock; or such a transformer,
+    target: a pipeline with a supported `transformer`, whose scheduler then is the clock; or such a
+    transformer,
         whose clock is the returned engine: begin(num_steps) before a run, step() after every denoising step.
     config: a Config, the name of a preset, or None for the defaults. policy: an object of your own instead of
         config.policy. timing: keep a ledger of seconds by kind of work (flashomni.stats).
 
-    Returns the engine. Raises NotImplementedError for an unknown model, one with nothing that can be sparse and,
-    with config.strict, one with anything that cannot; RuntimeError if it is enabled already or another cache is;
-    ValueError or TypeError for arguments.
+    Returns the engine. Raises NotImplementedError for an unknown model, one with nothing that can be sparse
+    and, with config.strict, one with anything that cannot; RuntimeError if it is enabled already or another
+    cache is; ValueError or TypeError for arguments.
     """
     transformer, pipe = _transformer_of(target)
     config = _config(config)
@@ -158,7 +159,7 @@ def enable(
 
 
 def disable(target: Any) -> None:
-    """Puts back what was there before enable(), and frees the engine's memory. Does nothing if not enabled."""
+    """Puts back what was there before enable() and frees the engine's memory. Does nothing else."""
     transformer, _ = _transformer_of(target)
     attachment = transformer.__dict__.get(_ATTRIBUTE)
     if attachment is not None:
@@ -177,7 +178,7 @@ def disabled(target: Any) -> Iterator[None]:
 
 
 def stats(target: Any) -> RunStats:
-    """Of the run at hand or the last one: steps by kind, density, memory, seconds. RuntimeError if not enabled."""
+    """Steps by kind, density, memory and seconds of this or the last run. RuntimeError if not enabled."""
     return _attachment(target).engine.run_stats()
 
 
@@ -186,8 +187,8 @@ def explain(
 ) -> Explanation:
     """Layer by layer what will be sparse, what stays dense and why; before or after enable().
 
-    config: as for enable(); None means the one in use, or the default one. With num_inference_steps, the kind of
-    every step too.
+    config: as for enable(); None means the one in use, or the default one. With num_inference_steps, the kind
+    of every step too.
     """
     transformer, _ = _transformer_of(target)
     attachment = transformer.__dict__.get(_ATTRIBUTE)

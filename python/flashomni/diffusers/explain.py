@@ -11,8 +11,7 @@ from flashomni.schedule import plan
 
 @dataclass(frozen=True)
 class Row:
-    """One attention layer. attention, gemm_q, gemm_o: "sparse" or "dense"; notes: why, and what is called as a
-    module."""
+    """One attention layer. attention, gemm_q, gemm_o: "sparse" or "dense"; notes: why."""
 
     layer: int
     name: str
@@ -39,8 +38,8 @@ class Explanation:
         lines = [
             f"{self.model}: {sparse} of {len(self.rows)} attention layers sparse; FlashOmni is "
             + ("enabled" if self.enabled else "not enabled"),
-            f"policy {c.policy}: tau_q {c.tau_q:g}, tau_kv {c.tau_kv:g}, s_q {c.s_q:g}, ramp {c.ramp_power:g}; "
-            f"blocks {c.block_q} x {c.block_kv}",
+            f"policy {c.policy}: tau_q {c.tau_q:g}, tau_kv {c.tau_kv:g}, s_q {c.s_q:g}, "
+            f"ramp {c.ramp_power:g}; blocks {c.block_q} x {c.block_kv}",
             f"an Update every {c.cache_interval} steps, forecasts of order {c.max_order}; the first "
             f"{c.disable_cache_before_step} and the last {c.cooldown_steps} steps dense",
         ]
@@ -52,16 +51,14 @@ class Explanation:
         width = max((len(row.name) for row in self.rows), default=4)
         lines.append(f"{'':>4} {'layer':<{width}} attention gemm_q gemm_o")
         for row in self.rows:
-            notes = "  " + "; ".join(row.notes) if row.notes else ""
-            lines.append(
-                f"{row.layer:>4} {row.name:<{width}} {row.attention:<9} {row.gemm_q:<6} {row.gemm_o:<6}{notes}"
-            )
+            work = f"{row.attention:<9} {row.gemm_q:<6} {row.gemm_o:<6}"
+            lines.append(f"{row.layer:>4} {row.name:<{width}} {work} {'; '.join(row.notes)}".rstrip())
         lines += self.notes
         return "\n".join(lines)
 
 
 _ALWAYS = (
-    "Dense in every step: key and value projections (text rows look at every key), feed-forward layers, modulation.",
+    "Dense in every step: key and value projections (text rows look at every key), feed-forward, modulation.",
     "Layers whose tiles are all reused (s_q) compute neither q, k, v nor attention until the next Update.",
 )
 

@@ -1,4 +1,4 @@
-"""What the library knows of each model family, as data: where its attentions are and what their parts are called."""
+"""What is known of each model family, as data: where its attentions are and what their parts are called."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Projections:
 class JointBlocks:
     """Blocks whose attention takes text and image apart and whose processor does everything around it.
 
-    The processor is called as (attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-    and returns (image, text).
+    The processor is called as (attention, hidden_states, encoder_hidden_states, attention_mask,
+    image_rotary_emb) and returns (image, text).
     """
 
     path: str  # of the ModuleList in the model
@@ -40,8 +40,8 @@ class JointBlocks:
 class ParallelBlocks:
     """Blocks with one stream, text and image in one sequence, and an MLP beside the attention.
 
-    out([attention, activation(mlp)]), gated and added to the input: the whole forward of the block is replaced.
-    """
+    out([attention, activation(mlp)]), gated and added to the input: the whole forward of the block is
+    replaced."""
 
     path: str
     attention: str
@@ -106,7 +106,7 @@ def family_of(model: nn.Module) -> Family:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
     raise NotImplementedError(
-        f"transformer: expected one of {', '.join(sorted(FAMILIES))}, got {type(model).__name__}. To add a model, "
-        "describe its attentions as a flashomni.diffusers.families.Family (JointBlocks, ParallelBlocks) and put it "
-        "into families.FAMILIES: docs/engine.md"
+        f"transformer: expected one of {', '.join(sorted(FAMILIES))}, got {type(model).__name__}. To add "
+        "a model, describe its attentions as a flashomni.diffusers.families.Family (JointBlocks, "
+        "ParallelBlocks) and put it into families.FAMILIES: docs/engine.md"
     )

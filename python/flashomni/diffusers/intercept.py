@@ -1,4 +1,4 @@
-"""What stands in for a model's own code: an attention processor, and the forward of a block with a parallel MLP."""
+"""What stands in for a model's own code: an attention processor, and the forward of a parallel block."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _stream(attention: nn.Module, names: Projections, x: Tensor, start: int) -> 
 def _refuse_mask(mask: Tensor | None, layer: str) -> None:
     if mask is not None:
         raise NotImplementedError(
-            f"attention_mask: expected None in {layer}, got a mask; sparse attention takes none. Call the model "
-            "inside `with flashomni.disabled(...)`, or list the layer in the model's own processors"
+            f"attention_mask: expected None in {layer}, got a mask; sparse attention takes none. Call the "
+            "model inside `with flashomni.disabled(...)`"
         )
 
 
@@ -140,8 +140,8 @@ class ParallelForward:
 
 
 def join(first: Tensor, second: Tensor) -> Tensor:
-    """[first, second] along the tokens; without a copy where they are neighbouring slices of one tensor, as the
-    outputs of the block before are."""
+    """[first, second] along the tokens; without a copy where they are neighbouring slices of one tensor, as
+    the outputs of the block before are."""
     batch, tokens, width = first.shape
     adjacent = (
         first.stride() == second.stride()

@@ -14,8 +14,8 @@ HEAD_DIMS = (64, 72, 80, 96, 128, 256)
 
 @dataclass
 class Layer:
-    """One attention of a model. `refusal` says why it is left to its own code; `fallbacks`, which parts are called
-    as modules instead of being run by our operators."""
+    """One attention of a model. `refusal` says why it is left to its own code; `fallbacks`, which parts are
+    called as modules instead of being run by our operators."""
 
     index: int
     name: str

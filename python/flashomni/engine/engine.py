@@ -19,9 +19,9 @@ from flashomni.policies import Policy
 class Engine:
     """Runs the attention layers of one model over the steps of a denoising run.
 
-    The clock is begin(num_steps), then step() after every denoising step; between them each call of the model is
-    one pass, and the passes of one step (classifier-free guidance) are kept apart as contexts. An engine serves one
-    thread at a time; several engines share nothing.
+    The clock is begin(num_steps), then step() after every denoising step; between them each call of the model
+    is one pass, and the passes of one step (classifier-free guidance) are kept apart as contexts. An engine
+    serves one thread at a time; several engines share nothing.
     """
 
     def __init__(self, config: Config, layers: int, policy: Policy):
@@ -61,7 +61,7 @@ class Engine:
         self.stats.begin(plans)
 
     def begin_when_called(self, num_steps: Callable[[], int]) -> None:
-        """A new run whose length is asked for at its first pass: pipelines set where they start after the timesteps."""
+        """A new run whose length is asked for at its first pass: by then pipelines know where they start."""
         self._pending = num_steps
         self.plans, self.index, self._passes = [], 0, 0
 
@@ -82,9 +82,9 @@ class Engine:
         if self.index >= self.count:
             state = "no run has begun" if not self.plans else f"the run of {self.count} steps is over"
             raise RuntimeError(
-                f"flashomni: {state}. A pipeline's scheduler drives the clock by set_timesteps() and step(); for a "
-                "bare transformer call engine.begin(num_steps) before a run and engine.step() after every step, "
-                "where engine = flashomni.enable(transformer). To call the model outside a run: "
+                f"flashomni: {state}. A pipeline's scheduler drives the clock by set_timesteps() and step(); "
+                "for a bare transformer call engine.begin(num_steps) before a run and engine.step() after "
+                "every step, where engine = flashomni.enable(transformer). To call the model outside a run: "
                 "`with flashomni.disabled(...)`."
             )
         self.context = self._passes if name is None else name

@@ -1,4 +1,4 @@
-"""One attention layer in one step: Full, Update or Dispatch, from the projections of q, k, v to those of the output."""
+"""One attention layer in one step: Full, Update or Dispatch, from q, k, v to the output projections."""
 
 from __future__ import annotations
 
@@ -186,8 +186,8 @@ class LayerRun:
     def _record(self, *, keep: bool) -> list[Tensor]:
         """Feeds O to the history; [O, ΔO, .. Δ^v O], v as far as the history goes (arXiv 2503.06923).
 
-        The last difference is needed only while it is multiplied, so the layers share one buffer for it, unless O
-        itself has to be forecast. Without `keep` it is not even computed.
+        The last difference is needed only while it is multiplied, so the layers share one buffer for it,
+        unless O itself has to be forecast. Without `keep` it is not even computed.
         """
         engine, state = self.engine, self.state
         order = engine.config.max_order

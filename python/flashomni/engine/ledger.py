@@ -12,7 +12,7 @@ _NOTHING = nullcontext()
 
 
 class Ledger:
-    """Adds up wall-clock seconds by name while `enabled`. On a GPU it waits for the device around each entry."""
+    """Adds up wall-clock seconds by name while `enabled`. On a GPU it waits for the device at each entry."""
 
     def __init__(self) -> None:
         self.enabled = False

@@ -36,7 +36,7 @@ def apply_linear(
     row_offset: int = 0,
     activation: str | None = None,
 ) -> None:
-    """out = activation(module(x)) on the active tiles; by calling the module, on all of them, where it is not plain.
+    """out = activation(module(x)) on the active tiles; on all of them where the module has to be called.
 
     x [B, M, K], out [B, M, N].
     """
@@ -75,7 +75,7 @@ def norm_and_rope(
     *,
     row_offset: int = 0,
 ) -> None:
-    """x = rope(norm(x)) in place on the active tiles. x [B, M, H, D]; rope (cos, sin), float32 [tokens, D]."""
+    """x = rope(norm(x)) in place on active tiles. x [B, M, H, D]; rope (cos, sin), float32 [tokens, D]."""
     cos, sin = rope if rope is not None else (None, None)
     weight, eps = None, 1e-6
     if module is not None and why_no_norm(module, x.dtype) is None:

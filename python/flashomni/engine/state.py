@@ -1,4 +1,4 @@
-"""What is kept between steps: symbols, cached products and histories a (context, layer), scratch tensors an engine."""
+"""What is kept between steps: symbols, cached products and histories a (context, layer), scratch tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flashomni.symbols import SparseSymbols
 class Buffers:
     """Scratch tensors that all layers of an engine share: one a (name, shape, dtype, device).
 
-    What take() returns is valid until the same name is taken again, and holds whatever was last written there.
-    """
+    What take() returns is valid until the same name is taken again, and holds whatever was last written
+    there."""
 
     def __init__(self) -> None:
         self._tensors: dict[tuple, Tensor] = {}
@@ -40,7 +40,7 @@ class Buffers:
 
 @dataclass(slots=True)
 class LayerState:
-    """One attention layer in one context. Tensors outlive a run; what they hold is valid as the numbers say."""
+    """One attention layer in one context. Tensors outlive a run; the numbers say what in them is valid."""
 
     shape: tuple  # (batch, tokens, heads, head_dim, dtype, device): a change makes a new state
     symbols: SparseSymbols

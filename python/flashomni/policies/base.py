@@ -69,7 +69,7 @@ class Choice:
     symbols: SparseSymbols
 
     def write(self, cache_mask: torch.Tensor, skip_mask: torch.Tensor) -> None:
-        """Packs bool masks [B, H, q_blocks] and [B, H, q_blocks, kv_blocks], True = compute, into the symbols."""
+        """Packs bool [B, H, q_blocks] and [B, H, q_blocks, kv_blocks], True = compute, into the symbols."""
         s = self.symbols
         packed = SparseSymbols.from_masks(
             cache_mask,
@@ -87,8 +87,8 @@ class Policy:
     """Chooses symbols at every Update of every layer.
 
     `needs` names the fields of Stats that select() reads; nothing else is computed. select() writes
-    `choice.symbols` and returns nothing; it should not read tensors back to the host. `state` is a dict of the
-    policy's own, one a (context, layer), emptied when a new run begins.
+    `choice.symbols` and returns nothing; it should not read tensors back to the host. `state` is a dict of
+    the policy's own, one a (context, layer), emptied when a new run begins.
     """
 
     needs: frozenset[str] = frozenset()
@@ -98,7 +98,7 @@ class Policy:
 
 
 def protect(cache_mask: torch.Tensor, skip_mask: torch.Tensor, layout: Layout) -> None:
-    """The guards of every policy, in place: text rows and columns are computed, a row keeps at least one block."""
+    """The guards of every policy, in place: text rows and columns are computed, a row keeps a block."""
     rows, columns = layout.text_blocks(layout.block_q), layout.text_blocks(layout.block_kv)
     cache_mask[:, :, rows] = True
     skip_mask[:, :, rows] = True

@@ -1,4 +1,4 @@
-"""The paper's multi-granularity policy: caching by what vision gives to and takes from text, skipping by row mass."""
+"""The paper's policy: caching by what vision gives to and takes from text, skipping by row mass."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _FACTORIES: dict[str, Factory] = {
 
 
 def register_policy(name: str, factory: Factory) -> None:
-    """Makes `Config(policy=name)` mean `factory(config)`. ValueError if the name is taken by another factory."""
+    """Makes `Config(policy=name)` mean `factory(config)`. ValueError if another factory has the name."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"name: expected a non-empty string, got {name!r}")
     if not callable(factory):

@@ -21,7 +21,7 @@ class DensePolicy(Policy):
 
 
 class RandomPolicy(Policy):
-    """Random tiles and blocks of given densities; the same symbols for the same seed, step, context and layer.
+    """Random tiles and blocks of given densities; the same for the same seed, step, context and layer.
 
     `cache_density` is the share of image tiles that are computed, `skip_density` that of the image blocks an
     image tile looks at.
