@@ -125,6 +125,12 @@ class Array {
   void set(double value, Index... index) {
     put(offset({static_cast<int64_t>(index)...}), value);
   }
+  /// All elements in order.
+  std::vector<double> values() const {
+    std::vector<double> result;
+    each([&](int64_t at) { result.push_back(get(at)); });
+    return result;
+  }
   uint8_t* bytes() { return bytes_.data(); }
   const std::vector<uint8_t>& storage() const { return bytes_; }
   int64_t size(int dim) const { return shape_[dim]; }
