@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -136,7 +137,7 @@ def _draw_with_progress(prompts: list[str], seed: int, steps: int, out: Path, co
         def progress(what: str, done: int) -> None:
             bar.update(task, advance=done, **({"description": what} if what else {}))
 
-        command = " ".join(["flashomni", *sys.argv[1:]])
+        command = shlex.join(["flashomni", *sys.argv[1:]])
         return demo.run(prompts, seed, steps, out, config, demo.default_dtype(), command, progress)
 
 
@@ -146,6 +147,8 @@ def _show_run(found) -> None:
 
     screen = console()
     screen.print(results_table(found))
+    if warning := page.disturbance(found):
+        screen.print(f"[yellow]{warning}[/]")
     screen.print(f"report: {page.write(found)}", soft_wrap=True)
 
 

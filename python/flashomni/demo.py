@@ -48,7 +48,7 @@ def parse_config(changes: Iterable[str], base: dict[str, Any]) -> Config:
     """
     fields = {field.name for field in dataclasses.fields(Config)}
     settings = dict(base)
-    for item in (part.strip() for change in changes for part in change.split(",")):
+    for item in changes:
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not value:
             raise ValueError(f"config: expected field=value, got {item!r}")
@@ -276,15 +276,15 @@ def mean_of(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def results_table(found: data.Run):
     """The run as a rich table."""
+    from rich import box
     from rich.table import Table
 
     from flashomni.report.figures import seconds
     from flashomni.report.page import psnr_text, shows_text
 
-    table = Table(
-        title=f"tiny_flux, {found.json['steps']} steps, {found.json['model']['dtype']}", title_justify="left"
-    )
-    for name in ("", "an image", "speed-up", "density", "PSNR", "SSIM", "shows prompt"):
+    title = f"tiny_flux, {found.json['steps']} steps, {found.json['model']['dtype']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("", "an image", "speed-up", "density", "PSNR", "SSIM", "prompt shown"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for arm in found.json["arms"]:
         key, ssim = arm["key"], found.mean(arm["key"], "ssim")

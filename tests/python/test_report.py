@@ -201,6 +201,14 @@ def test_page_is_whole_and_self_contained(tmp_path):
         assert title in source
 
 
+def test_page_warns_of_a_busy_machine(tmp_path):
+    run = synthetic_run(tmp_path)
+    assert page.disturbance(run) == "" and 'class="warning"' not in page.render(run)
+    steps = run.json["pictures"][0]["arms"]["torch"]["step_seconds"]
+    steps[:5] = [3 * s for s in steps[:5]]
+    assert "Do not trust the times" in page.disturbance(run) and 'class="warning"' in page.render(run)
+
+
 def test_page_does_without_what_a_dense_run_lacks(tmp_path):
     run = synthetic_run(tmp_path)
     del run.json["density"], run.json["masks"]

@@ -60,6 +60,11 @@ class Run:
         ]
         return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 
+    def dense_step_spread(self) -> tuple[float, float] | None:
+        """The 10th and 90th percentile of the reference's step seconds; None with fewer than five steps."""
+        steps = sorted(s for values in self.values(self.reference, "step_seconds") for s in values)
+        return None if len(steps) < 5 else (steps[len(steps) // 10], steps[-1 - len(steps) // 10])
+
 
 def load(path: str | Path) -> Run:
     """Reads a run. `path`: its JSON file, or the folder that holds run.json. Raises ValueError if it is no

@@ -56,7 +56,9 @@ def nice_step(largest: float, ticks: int = 5) -> float:
 
 
 def seconds(value: float) -> str:
-    return f"{value * 1e3:.0f} ms" if value < 0.1 else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+    if value < 0.1:
+        return f"{value * 1e3:.0f} ms"
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} s"
 
 
 def stacked_bars(rows: Sequence[tuple[str, dict[str, float]]], colours: dict[str, str]) -> str:

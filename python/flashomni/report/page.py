@@ -19,6 +19,8 @@ TIME_COLOURS = {
     "selection and forecast": "var(--c4)",
     "other": "var(--c5)",
 }
+# Slowest over fastest dense step (a tenth at either end left out) from which times are not to be trusted.
+BUSY = 1.5
 KIND_LABELS = {
     "full": "Full: dense, nothing kept",
     "update": "Update: dense, symbols chosen, caches refreshed",
@@ -53,6 +55,18 @@ def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     return f'<div class="scroll"><table class="{kind}">{rows_html}</table></div>'
 
 
+def disturbance(run: data.Run) -> str:
+    """A sentence if dense torch steps, which all do the same work, took very different times; else ""."""
+    spread = run.dense_step_spread()
+    if spread is None or spread[1] < BUSY * spread[0]:
+        return ""
+    low, high = (figures.seconds(value) for value in spread)
+    return (
+        f"This machine was busy with something else: dense torch steps, which all do the same work, took {low} to "
+        f"{high}. Do not trust the times of this run."
+    )
+
+
 def headline(run: data.Run) -> str:
     """The few numbers that the run comes to."""
     arm = run.json["arms"][-1]["key"]
@@ -69,8 +83,10 @@ def headline(run: data.Run) -> str:
         ),
         (shows_text(run, arm), f"picture{'s' if drawn > 1 else ''} showing what the prompt says"),
     ]
-    return (
-        '<div class="cards">' + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in cards) + "</div>"
+    boxes = "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in cards)
+    warning = disturbance(run)
+    return f'<div class="cards">{boxes}</div>' + (
+        f'<p class="warning">{escape(warning)}</p>' if warning else ""
     )
 
 
@@ -171,9 +187,8 @@ def density_section(run: data.Run) -> str:
         + figures.heat_map(pairs, layers, kinds, "of block pairs computed")
         + "<h3>Query and output projections: tiles (a block of tokens in one head)</h3>"
         + figures.heat_map(tiles, layers, kinds, "of tiles computed")
-        + "<p>One line a head, dark = all of it, pale = none; the strip on top is the step's kind. Attention "
-        "falls "
-        "twice: a cached tile needs none of its pairs, and an active one skips those of little "
+        + "<p>One line a head, full colour = all of it, faint = none; the strip on top is the step's kind. "
+        "Attention falls twice: a cached tile needs none of its pairs, and an active one skips those of little "
         "mass.</p></section>"
     )
 

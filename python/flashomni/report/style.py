@@ -20,7 +20,8 @@ header p { margin:4px 0 24px } section { margin-top:48px } p { max-width:72ch }
 code { font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace }
 .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(200px,1fr)); gap:12px }
 .cards div { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px 16px }
-.cards b { display:block; font-size:22px; font-variant-numeric:tabular-nums; letter-spacing:-.01em }
+.cards b { display:block; font-size:21px; white-space:nowrap;
+  font-variant-numeric:tabular-nums; letter-spacing:-.01em }
 .cards span { color:var(--soft); font-size:14px; line-height:1.35; display:block; margin-top:2px }
 .pictures { display:grid; grid-template-columns:repeat(3,minmax(0,1fr)); gap:18px }
 figure { margin:0 } figure img, .blank { display:block; width:100%; border-radius:6px; margin:0 0 8px }
@@ -39,6 +40,7 @@ svg { width:100%; height:auto; display:block; margin:8px 0; font-size:13px; fill
 svg .axis { fill:var(--soft); font-size:11.5px } svg .strong { font-weight:600 }
 svg .inbar { fill:var(--onbar); font-size:12px } svg .grid { stroke:var(--line); stroke-width:1 }
 svg .ref { stroke:var(--ref); stroke-width:2 }
+.warning { border-left:3px solid var(--update); padding-left:12px }
 .legend { display:flex; flex-wrap:wrap; gap:4px 20px; font-size:14px; margin:6px 0 12px; max-width:none }
 .legend i { display:inline-block; width:11px; height:11px; border-radius:2px; margin-right:7px }
 .facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(270px,1fr)); gap:32px }

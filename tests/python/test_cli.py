@@ -1,0 +1,143 @@
+"""The command line: what it prints, what it refuses and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flashomni import _native, demo
+from flashomni.cli import app
+from flashomni.config import Config
+from flashomni.schedule import StepPlan
+
+runner = CliRunner()
+
+
+def invoke(*arguments: str):
+    return runner.invoke(app, list(arguments))
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom flashomni.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'diffusers', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo", "report", "quality", "bench"])
+def test_every_command_has_help(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_doctor_shows_the_backend_and_the_instruction_set():
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    assert "cpu" in result.output and _native.cpu_isa() in result.output
+
+
+def test_doctor_says_how_to_build(monkeypatch):
+    def missing():
+        raise RuntimeError("not there: build it with `make build`")
+
+    monkeypatch.setattr(_native, "cpu_isa", missing)
+    result = invoke("doctor")
+    assert result.exit_code == 1 and "make build" in result.output
+
+
+def test_commands_stop_early_without_the_library(monkeypatch):
+    def missing():
+        raise RuntimeError("not there: build it with `make build`")
+
+    monkeypatch.setattr(_native, "cpu_isa", missing)
+    for arguments in (["demo"], ["bench", "attention"], ["quality"]):
+        result = invoke(*arguments)
+        assert result.exit_code == 1 and "make build" in result.output, arguments
+
+
+@pytest.mark.parametrize("prompt", ["a red dragon", "", "a a a a a a a a a a a a a a a a a"])
+def test_demo_refuses_a_prompt_and_lists_the_words(prompt):
+    result = invoke("demo", prompt)
+    assert result.exit_code == 2 and result.output.startswith("error:")
+    if len(prompt.split()) < 16:
+        assert all(word in result.output for word in ("star", "purple", "above", "checkered", "seven"))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ("tau_q=2", "tau_q: expected"),
+        ("no_such=1", "no field 'no_such'"),
+        ("tau_q", "expected field=value"),
+        ("preset=best", "preset: expected one of"),
+        ("cache_interval=soon", "cache_interval: expected"),
+    ],
+)
+def test_demo_refuses_a_configuration(change, message):
+    result = invoke("demo", "--config", change)
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_bench_refuses_a_dtype_and_a_head_size():
+    result = invoke("bench", "attention", "--dtype", "float64")
+    assert result.exit_code == 2 and "float32, bfloat16, float16" in result.output
+    result = invoke("bench", "attention", "--head-dim", "65", "--tokens", "128", "--rounds", "1")
+    assert result.exit_code == 2 and "error:" in result.output
+
+
+def test_bench_writes_rows(tmp_path):
+    path = tmp_path / "sub" / "rows.json"
+    size = ["--tokens", "128", "--heads", "1", "--head-dim", "64", "--rounds", "1"]
+    result = invoke("bench", "attention", *size, "--json", str(path))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())["benchmarks"]
+    assert all(row["suite"] == "attention" and row["baseline"]["name"] == "torch_sdpa" for row in rows)
+
+
+def test_report_refuses_what_is_no_run(tmp_path):
+    result = invoke("report", str(tmp_path))
+    assert result.exit_code == 2 and "run.json" in result.output
+
+
+def test_parse_config_starts_from_the_base_or_a_preset():
+    assert demo.parse_config([], {"tau_q": 0.25}) == Config(tau_q=0.25)
+    found = demo.parse_config(["tau_kv=0.1", "policy=dense", "cache_interval = 7"], {"tau_q": 0.25})
+    assert found == Config(tau_q=0.25, tau_kv=0.1, policy="dense", cache_interval=7)
+    assert demo.parse_config(["preset=flux", "s_q=0"], {"tau_q": 0.25}) == Config.preset("flux", s_q=0)
+    assert demo.parse_config(["dense_layers=(0, 2)"], {}).dense_layers == (0, 2)
+
+
+def test_density_by_step_repeats_the_last_update():
+    plans = [
+        StepPlan("full", False, 0, 0, 1.0),
+        StepPlan("update", True, 0, 0, 1.0),
+        StepPlan("dispatch", False, 1, 0, 1.0),
+        StepPlan("dispatch", False, 2, 0, 1.0),
+    ]
+    cache = torch.tensor([[True, False], [True, True]])
+    skip = torch.tensor([[[True, False], [True, True]], [[True, True], [True, True]]])
+    found = demo.density_by_step(plans, {1: {1: (cache, skip)}}, layers=2, heads=2)
+    dense = [1.0, 1.0]
+    assert found["pairs"] == [[dense, dense], [dense, dense], [dense, [0.25, 1.0]], [dense, [0.25, 1.0]]]
+    assert found["tiles"][3] == [dense, [0.5, 1.0]]
+
+
+def test_masks_are_sampled_over_updates_and_layers():
+    cache, skip = torch.ones(4, 3, dtype=torch.bool), torch.ones(4, 3, 3, dtype=torch.bool)
+    masks = {step: {layer: (cache, skip) for layer in range(6)} for step in (3, 8, 13)}
+    found = demo.sample_masks(masks, [f"layer {i}" for i in range(6)])
+    assert len(found) == demo.MASKS_SHOWN
+    assert {m["step"] for m in found} == {3, 8, 13} and len({m["layer"] for m in found}) == 6
+    assert demo.sample_masks({}, []) == []
+
+
+def test_mean_of_counts_what_is_missing_as_nothing():
+    assert demo.mean_of([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 1.0}
