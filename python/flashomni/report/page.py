@@ -62,8 +62,8 @@ def disturbance(run: data.Run) -> str:
         return ""
     low, high = (figures.seconds(value) for value in spread)
     return (
-        f"This machine was busy with something else: dense torch steps, which all do the same work, took {low} to "
-        f"{high}. Do not trust the times of this run."
+        "This machine was busy with something else: dense torch steps, which all do the same work, took "
+        f"{low} to {high}. Do not trust the times of this run."
     )
 
 
@@ -188,8 +188,8 @@ def density_section(run: data.Run) -> str:
         + "<h3>Query and output projections: tiles (a block of tokens in one head)</h3>"
         + figures.heat_map(tiles, layers, kinds, "of tiles computed")
         + "<p>One line a head, full colour = all of it, faint = none; the strip on top is the step's kind. "
-        "Attention falls twice: a cached tile needs none of its pairs, and an active one skips those of little "
-        "mass.</p></section>"
+        "Attention falls twice: a cached tile needs none of its pairs, and an active one skips those of "
+        "little mass.</p></section>"
     )
 
 
