@@ -283,8 +283,8 @@ def results_table(found: data.Run):
     from flashomni.report.page import psnr_text, shows_text
 
     title = f"tiny_flux, {found.json['steps']} steps, {found.json['model']['dtype']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("", "an image", "speed-up", "density", "PSNR", "SSIM", "prompt shown"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "an image", "speed-up", "density", "PSNR", "SSIM", "as asked"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for arm in found.json["arms"]:
         key, ssim = arm["key"], found.mean(arm["key"], "ssim")

@@ -86,6 +86,31 @@ def test_demo_refuses_a_configuration(change, message):
     assert result.exit_code == 2 and message in result.output
 
 
+def test_demo_draws_and_reports(tmp_path, monkeypatch):
+    pipeline = pytest.importorskip("flashomni.tiny_flux.pipeline")
+    monkeypatch.setattr(pipeline, "SIDE", 64)  # 256 tokens instead of 4,096
+    monkeypatch.setattr(demo, "default_dtype", lambda: torch.float32)
+    changes = ["disable_cache_before_step=1", "cache_interval=3", "block_q=64", "block_kv=64", "tau_q=0.9"]
+    options = [part for change in changes for part in ("--config", change)]
+    result = invoke("demo", "a red star", "--seed", "3", "--steps", "6", "--out", str(tmp_path), *options)
+    assert result.exit_code == 0, result.output
+    assert "speed-up" in result.output and "as asked" in result.output and "report.html" in result.output
+    run = json.loads((tmp_path / "run.json").read_text())
+    arms = run["pictures"][0]["arms"]
+    assert list(arms) == ["torch", "dense", "flashomni"] and run["pictures"][0]["seed"] == 3
+    assert [step["kind"] for step in run["schedule"]] == [
+        *("full", "update", "dispatch", "dispatch", "full", "full")
+    ]
+    assert all((tmp_path / arm["file"]).is_file() and len(arm["step_seconds"]) == 6 for arm in arms.values())
+    assert arms["dense"]["psnr"] > 45 and arms["dense"]["density"] == 1.0  # rounding moves little
+    assert 0.2 < arms["flashomni"]["density"] < 1.0
+    assert run["density"]["pairs"][1][0] == [1.0] * 4 and min(run["density"]["pairs"][2][0]) < 1.0
+    assert {"attention", "projections", "MLP", "other"} <= set(run["arms"][2]["time"])
+    before = (tmp_path / "report.html").read_text()
+    assert invoke("report", str(tmp_path)).exit_code == 0
+    assert (tmp_path / "report.html").read_text() == before
+
+
 def test_bench_refuses_a_dtype_and_a_head_size():
     result = invoke("bench", "attention", "--dtype", "float64")
     assert result.exit_code == 2 and "float32, bfloat16, float16" in result.output

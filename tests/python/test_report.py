@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flashomni.report import data, figures, metrics, page
@@ -232,6 +233,44 @@ def test_mask_image_has_one_pixel_a_block_pair():
 @pytest.mark.parametrize("largest,step", [(1, 0.2), (3.7, 1), (42, 10), (0.011, 0.0025)])
 def test_ticks_are_round(largest, step):
     assert figures.nice_step(largest) == pytest.approx(step)
+
+
+def test_clock_knows_every_linear_layer_of_the_blocks():
+    diffusers = pytest.importorskip("diffusers")
+    from flashomni.report import clock
+    from flashomni.tiny_flux.pipeline import transformer_config
+
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(**transformer_config())
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or "transformer_blocks" not in path or ".norm" in path:
+            continue
+        parents = [path.rsplit(".", i)[0] for i in range(path.count("."))]
+        found = [p for p in parents for pattern in (clock.PROJECTION, clock.MLP) if pattern.search(p)]
+        assert len(found) == 1, (path, found)
+
+
+def test_clock_splits_the_time_and_leaves_no_hooks():
+    from flashomni.report.clock import ModelClock
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8)})
+            self.ff = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            q = self.attn["to_q"](x)
+            return self.ff(torch.nn.functional.scaled_dot_product_attention(q, q, q))
+
+    model = torch.nn.Module()
+    model.transformer_blocks = torch.nn.ModuleList([Block()])
+    with ModelClock(model) as clock:
+        model.transformer_blocks[0](torch.randn(1, 4, 8))
+    parts = clock.breakdown(10.0)
+    assert set(parts) == {"attention", "projections", "MLP", "other"} and all(v > 0 for v in parts.values())
+    assert sum(parts.values()) == pytest.approx(10.0)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_load_says_what_is_wrong(tmp_path):

@@ -16,13 +16,14 @@ LEDGER = {
     "gemm_q": "projections",
     "gemm_kv": "projections",
     "gemm_o": "projections",
+    "mlp": "MLP",
     "select": "selection and forecast",
     "forecast": "selection and forecast",
 }
 PROJECTION = re.compile(
     r"\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)$|^single_transformer_blocks\.\d+\.proj_out$"
 )
-MLP = re.compile(r"^transformer_blocks\.\d+\.ff(_context)?$|^single_transformer_blocks\.\d+\.proj_mlp$")
+MLP = re.compile(r"^transformer_blocks\.\d+\.ff(_context)?$|^single_transformer_blocks\.\d+\.(proj|act)_mlp$")
 
 
 class _AttentionTimer(TorchFunctionMode):
