@@ -25,6 +25,7 @@ from sampling import contact_sheet, evaluate
 
 from flashomni.tiny_flux import HELD_OUT_PROMPTS
 from flashomni.tiny_flux.pipeline import SHIFT, SIDE
+from flashomni.tiny_flux.scene import sample_scenes, scene_prompts
 from flashomni.tiny_flux.vocabulary import MAX_WORDS, embed_ids
 
 MUON_LR, ADAM_LR = 2.5e-3, 1e-3
@@ -49,8 +50,13 @@ class Stage:
         return cls(int(side), int(batch), float(budget.rstrip("n")), budget.endswith("n"), *map(float, lrs))
 
     def shift(self) -> float:
-        """Timestep shift: the noise that hides as much of a picture grows with its side."""
-        return max(1.0, SHIFT * self.side / SIDE)
+        """Timestep shift. What a picture shows is decided at noise that grows with its side."""
+        return shift_at(self.side)
+
+
+def shift_at(side: int) -> float:
+    """A compromise between 1 / side, which hides alike, and more weight on content where steps are cheap."""
+    return SHIFT * (side / SIDE) ** 0.5
 
 
 def sample_times(n: int, shift: float, device: torch.device) -> torch.Tensor:
@@ -144,19 +150,27 @@ class Trainer:
         self.meta["images"] += step * stage.batch
         self.meta["seconds"] += round(time.perf_counter() - begin, 2)
 
-    def judge(self, side: int) -> None:
+    def judge(self, side: int, shift: float, held_out: bool = True) -> None:
+        """Scores the averaged model on held-out prompts, or on as many of training's, and logs it."""
         prompts = HELD_OUT_PROMPTS[: self.args.prompts]
-        shift = max(1.0, SHIFT * side / SIDE)
+        if not held_out:
+            scenes = sample_scenes(2 * len(prompts), torch.Generator().manual_seed(1), held_out=False)
+            prompts = scene_prompts(scenes)[: len(prompts)]
         scores, pictures = evaluate(self.average_model, prompts, side, self.args.sample_steps, shift)
-        self.log(event="held out", side=side, steps=self.args.sample_steps, shift=shift, **scores)
-        contact_sheet(pictures[:40]).save(self.args.out / "sheet.png")
+        event = "held out" if held_out else "seen"
+        self.log(event=event, side=side, steps=self.args.sample_steps, shift=shift, **scores)
+        if shift == shift_at(side):
+            contact_sheet(pictures[:40]).save(self.args.out / f"{event.replace(' ', '-')}.jpg", quality=92)
 
     def train(self) -> None:
         for i, stage in enumerate(map(Stage.parse, self.args.stage)):
             self.run(stage, warm=i > 0)
             save_checkpoint(self.args.out, self.model, self.ema, self.meta)
             self.log(event="saved", **self.meta)
-            self.judge(stage.side)
+            self.judge(stage.side, stage.shift())
+        for shift in self.args.sweep:
+            self.judge(stage.side, shift)
+        self.judge(stage.side, stage.shift(), held_out=False)
 
 
 def main() -> None:
@@ -169,6 +183,7 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=ADAM_LR)
     parser.add_argument("--prompts", type=int, default=120, help="held-out prompts to judge after each stage")
     parser.add_argument("--sample-steps", type=int, default=20)
+    parser.add_argument("--sweep", type=float, nargs="*", default=[], help="other shifts to sample with at the end")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     Trainer(parser.parse_args()).train()

@@ -16,7 +16,7 @@ from .vocabulary import encode
 
 SIDE = 256  # pixels: 64 x 64 tokens of 4 x 4 pixels
 BATCH = 8  # images a pipeline call in `generate`
-SHIFT = 3.0  # of the timesteps towards noise, as in training
+SHIFT = 5.0  # of the timesteps towards noise, as in training
 
 
 def transformer_config() -> dict:
