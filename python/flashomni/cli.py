@@ -156,12 +156,17 @@ def _show_run(found) -> None:
 def report_command(
     run: Annotated[Path, typer.Argument(help="A run's folder or its run.json.")] = Path("demo"),
     out: Annotated[Path | None, typer.Option(help="Where to; by default beside the run.")] = None,
+    strip: Annotated[Path | None, typer.Option(help="Also write the pictures as one PNG.")] = None,
 ) -> None:
     """Render a run's HTML report anew from its JSON."""
     from flashomni.report import data, page
+    from flashomni.report import strip as strips
 
     try:
-        path = page.write(data.load(run), out)
+        found = data.load(run)
+        path = page.write(found, out)
+        if strip is not None:
+            strips.write(found, strip)
     except ValueError as error:
         raise fail(error, 2) from None
     except FileNotFoundError as error:

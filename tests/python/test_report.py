@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flashomni.report import data, figures, metrics, page
+from flashomni.report import data, figures, metrics, page, strip
 
 LAYERS = ["double 0", "double 1", "single 0"]
 HEADS, BLOCKS, STEPS = 2, 9, 10
@@ -208,6 +208,15 @@ def test_page_warns_of_a_busy_machine(tmp_path):
     steps = run.json["pictures"][0]["arms"]["torch"]["step_seconds"]
     steps[:5] = [3 * s for s in steps[:5]]
     assert "Do not trust the times" in page.disturbance(run) and 'class="warning"' in page.render(run)
+
+
+def test_strip_has_a_row_a_prompt_and_a_column_an_arm(tmp_path):
+    run = synthetic_run(tmp_path, side=256)
+    picture = np.asarray(strip.compose(run))
+    assert picture.shape[1] == 3 * (strip.SIDE + strip.GAP) + strip.GAP
+    left, top = strip.GAP + strip.SIDE + strip.GAP, strip.GAP  # the second arm of the first prompt
+    shown = picture[top + 1 : top + strip.SIDE - 1, left + 1 : left + strip.SIDE - 1]
+    assert (shown == np.asarray(Image.open(run.picture(0, "dense")))[1:-1, 1:-1]).all()
 
 
 def test_page_does_without_what_a_dense_run_lacks(tmp_path):
