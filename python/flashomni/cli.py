@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -115,11 +116,14 @@ def demo_command(
     set_threads(threads)
     steps = steps or (demo.QUICK_STEPS if quick else demo.STEPS)
     prompts = prompts or list(demo.PROMPTS[:1] if quick else demo.PROMPTS)
-    found = _draw_with_progress(prompts, seed, steps, out, chosen)
+    limit = math.inf if prompt is not None else demo.TIME_LIMIT
+    found = _draw_with_progress(prompts, seed, steps, out, chosen, limit)
+    if left := len(prompts) - len(found.json["pictures"]):
+        typer.echo(f"left out {left} of {len(prompts)} prompts: this machine would take too long")
     _show_run(found)
 
 
-def _draw_with_progress(prompts: list[str], seed: int, steps: int, out: Path, config):
+def _draw_with_progress(prompts: list[str], seed: int, steps: int, out: Path, config, time_limit: float):
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from flashomni import demo
@@ -138,7 +142,9 @@ def _draw_with_progress(prompts: list[str], seed: int, steps: int, out: Path, co
             bar.update(task, advance=done, **({"description": what} if what else {}))
 
         command = shlex.join(["flashomni", *sys.argv[1:]])
-        return demo.run(prompts, seed, steps, out, config, demo.default_dtype(), command, progress)
+        return demo.run(
+            prompts, seed, steps, out, config, demo.default_dtype(), command, progress, time_limit
+        )
 
 
 def _show_run(found) -> None:
@@ -176,7 +182,7 @@ def report_command(
 
 @app.command("quality")
 def quality_command(
-    prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 3,
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps.")] = 20,
     work: Annotated[Path, typer.Option(help="Folder of the dense pictures and of what is done.")] = Path(
         "build/quality"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -89,13 +90,17 @@ def settings() -> list[Setting]:
 
 
 def prompts_of(count: int) -> list[tuple[str, int]]:
-    """A fixed subset of the held-out prompts, spread evenly over the list, each with its seed."""
+    """The first `count` of the held-out prompts in a fixed random order, each with its seed.
+
+    A smaller subset is the beginning of a larger one, so that a sweep can grow prompt by prompt.
+    """
     from flashomni import tiny_flux
 
     held_out = tiny_flux.HELD_OUT_PROMPTS
     if not 1 <= count <= len(held_out):
         raise ValueError(f"prompts: expected 1 to {len(held_out)}, got {count}")
-    return [(held_out[i * len(held_out) // count], 1000 + i) for i in range(count)]
+    order = random.Random(0).sample(range(len(held_out)), len(held_out))
+    return [(held_out[index], 1000 + i) for i, index in enumerate(order[:count])]
 
 
 def key_of(setting: Setting, prompt: str, seed: int, steps: int) -> str:

@@ -111,6 +111,30 @@ def test_demo_draws_and_reports(tmp_path, monkeypatch):
     assert (tmp_path / "report.html").read_text() == before
 
 
+def test_demo_leaves_out_prompts_that_would_take_too_long(tmp_path, monkeypatch):
+    pipeline = pytest.importorskip("flashomni.tiny_flux.pipeline")
+    monkeypatch.setattr(pipeline, "SIDE", 64)
+    monkeypatch.setattr(demo, "TIME_LIMIT", 0.01)
+    result = invoke("demo", "--steps", "2", "--out", str(tmp_path), "--config", "disable_cache_before_step=0")
+    assert result.exit_code == 0, result.output
+    assert "left out 1 of 2 prompts" in result.output
+    assert len(json.loads((tmp_path / "run.json").read_text())["pictures"]) == 1
+
+
+def test_bench_e2e_has_a_row_a_kind_of_step(tmp_path, monkeypatch):
+    pipeline = pytest.importorskip("flashomni.tiny_flux.pipeline")
+    monkeypatch.setattr(pipeline, "SIDE", 64)
+    path = tmp_path / "rows.json"
+    result = invoke("bench", "e2e", "--steps", "6", "--json", str(path), "-c", "disable_cache_before_step=1")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())["benchmarks"]
+    assert {(r["case"]["arm"], r["case"]["what"]) for r in rows} == {
+        (arm, what)
+        for arm in ("dense", "flashomni")
+        for what in ("picture", "full step", "update step", "dispatch step")
+    }
+
+
 def test_bench_refuses_a_dtype_and_a_head_size():
     result = invoke("bench", "attention", "--dtype", "float64")
     assert result.exit_code == 2 and "float32, bfloat16, float16" in result.output

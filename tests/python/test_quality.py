@@ -47,6 +47,7 @@ def test_settings_are_distinct_and_hold_the_papers():
 def test_prompts_are_fixed_spread_and_checked():
     found = quality.prompts_of(4)
     assert found == quality.prompts_of(4) and len({p for p, _ in found}) == 4
+    assert quality.prompts_of(2) == found[:2]
     with pytest.raises(ValueError, match="expected 1 to"):
         quality.prompts_of(0)
 
