@@ -23,19 +23,29 @@ def plot(rows: Sequence[dict], best: Sequence[dict], floor: float, path: Path) -
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=160)
+    sparse = [row["psnr"] for row in rows if row["group"] in ("sweep", "paper")]
+    top = max(
+        [floor + 10, *(value + 4 for value in sparse)]
+    )  # dense arms far above it are pinned to the edge
     for group, (colour, marker, label) in GROUPS.items():
         points = [row for row in rows if row["group"] == group and row["psnr"] is not None]
-        if points:
-            x, y = [p["speed_up"] for p in points], [p["psnr"] for p in points]
-            low = [p["psnr"] - p["worst_psnr"] for p in points]
-            zeros = [0.0] * len(low)
-            axes.errorbar(x, y, yerr=[low, zeros], fmt="none", ecolor=colour, alpha=0.45, lw=1, zorder=1)
-            axes.scatter(
-                x, y, s=34, c=colour, marker=marker, label=label, zorder=3, edgecolors="white", lw=0.6
-            )
+        if not points:
+            continue
+        x, y = [p["speed_up"] for p in points], [p["psnr"] for p in points]
+        for pinned, i in enumerate(i for i, value in enumerate(y) if value > top):
+            y[i] = top - 1.5 * pinned
+        low = [max(shown - p["worst_psnr"], 0.0) for p, shown in zip(points, y, strict=True)]
+        axes.errorbar(
+            x, y, yerr=[low, [0.0] * len(low)], fmt="none", ecolor=colour, alpha=0.45, lw=1, zorder=1
+        )
+        axes.scatter(x, y, s=34, c=colour, marker=marker, label=label, zorder=3, edgecolors="white", lw=0.6)
+        for point, shown in zip(points, y, strict=True):
+            if point["psnr"] > top:
+                note = f"  {point['name'].removeprefix('dense, ')}: {psnr_cell(point['psnr'])} ↑"
+                axes.text(point["speed_up"], shown, note, color=colour, va="center", fontsize=8.5)
     if best:
         x, y = [row["speed_up"] for row in best], [row["psnr"] for row in best]
-        axes.plot(x, y, color="#1f6feb", lw=1.8, zorder=2, label="frontier")
+        axes.plot(x, y, color="#1f6feb", lw=1.8, zorder=2, drawstyle="steps-pre", label="frontier")
     axes.axhline(floor, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=0)
     axes.text(
         1.0,
