@@ -63,20 +63,25 @@ def record(rows: Sequence[dict]) -> dict:
 
 def rows_table(rows: Sequence[dict]):
     """The rows as a rich table. What all cases have in common stands in the title."""
+    from rich import box
     from rich.table import Table
 
     def show(key: str, value: object) -> str:
+        if key in ("pattern", "what", "arm"):
+            return str(value)
         return f"{key} {value:.2g}" if isinstance(value, float) else f"{key} {value}"
 
     cases = [found["case"] for found in rows]
     common = {k: v for k, v in cases[0].items() if all(case.get(k) == v for case in cases)}
     title = ", ".join(show(key, value) for key, value in common.items())
-    table = Table("suite", "case", title=title, title_justify="left")
-    for name in ("ms", "GFLOP/s", "baseline", "its ms", "its GFLOP/s", "ratio"):
+    table = Table(
+        "suite", "case", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in ("ms", "GFLOP/s", "baseline", "ms", "GFLOP/s", "ratio"):
         table.add_column(name, justify="left" if name == "baseline" else "right", no_wrap=True)
     for found in rows:
         base = found["baseline"]
-        case = ", ".join(show(key, value) for key, value in found["case"].items() if key not in common)
+        case = " ".join(show(key, value) for key, value in found["case"].items() if key not in common)
         rates = ["–" if rate is None else f"{rate:.0f}" for rate in (found["gflops"], base["gflops"])]
         times = [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (found["ms"], base["ms"])]
         ratio = f"{found['ratio']:.2f}"

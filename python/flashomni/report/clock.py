@@ -64,15 +64,13 @@ class ModelClock:
 
     def __enter__(self) -> ModelClock:
         self._stack = ExitStack()
-        patterns = [(MLP, "MLP")]
-        if self.engine is None:
-            patterns.append((PROJECTION, "projections"))
-            self._stack.enter_context(_AttentionTimer(self.add))
-        else:
+        if self.engine is not None:
             self._before = self.engine.ledger.enabled
             self.engine.ledger.enabled = True
+            return self
+        self._stack.enter_context(_AttentionTimer(self.add))
         for path, module in self.transformer.named_modules():
-            for pattern, name in patterns:
+            for pattern, name in ((MLP, "MLP"), (PROJECTION, "projections")):
                 if pattern.search(path):
                     self._watch(module, name)
         return self
