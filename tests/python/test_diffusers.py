@@ -431,7 +431,7 @@ def test_explain_before_and_after():
     text = str(answer)
     assert not answer.enabled and "2 of 3 attention layers sparse; FlashOmni is not enabled" in text
     assert "steps FFUddUdF" in text
-    assert "single_transformer_blocks.1 dense     dense  dense   in dense_layers" in text
+    assert "single_transformer_blocks.1 dense     dense  dense  in dense_layers" in text
     assert answer.rows[0].gemm_q == answer.rows[0].gemm_o == "sparse"
     flashomni.enable(pipe, config(dense_layers=(2,)), policy=sparse())
     assert str(flashomni.explain(pipe)).splitlines()[0].endswith("FlashOmni is enabled")

@@ -34,6 +34,7 @@ class JointBlocks:
     image: Projections
     text: Projections
     processor: str  # class name of the processor that ours stands in for
+    feed_forward: tuple[str, ...] = ()  # names of the FeedForward modules in a block
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ FLUX = Family(
                 "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", out="to_add_out"
             ),
             processor="FluxAttnProcessor",
+            feed_forward=("ff", "ff_context"),
         ),
         ParallelBlocks(
             path="single_transformer_blocks",

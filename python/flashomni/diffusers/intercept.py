@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flashomni import ops
 from flashomni.diffusers.families import JointBlocks, ParallelBlocks, Projections, part
-from flashomni.diffusers.layers import Layer, fused_activation
+from flashomni.diffusers.layers import Layer, fused_activation, why_not_fused
 from flashomni.engine import Attention, Engine, Output, Stream, apply_linear
 from flashomni.policies import Segment
 
@@ -139,6 +141,28 @@ class ParallelForward:
                 out.copy_(module(out))
 
 
+class FusedFeedForward:
+    """forward() of a diffusers FeedForward with a GELU: two dense GEMMs, the activation in the first."""
+
+    flashomni = True
+
+    def __init__(self, engine: Engine, module: nn.Module):
+        self.engine, self.module = engine, module
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        module, engine = self.module, self.engine
+        ours = engine.enabled and hidden_states.ndim == 3 and not why_not_fused(module, hidden_states.dtype)
+        if not ours:
+            return type(module).forward(module, hidden_states, *args, **kwargs)
+        first, last = module.net[0], module.net[2]
+        shape = (*hidden_states.shape[:2], first.proj.out_features)
+        inner = engine.buffers.take("feed_forward", shape, hidden_states)
+        with engine.ledger("mlp"):
+            activation = "gelu_tanh" if first.approximate == "tanh" else "gelu"
+            apply_linear(first.proj, hidden_states, inner, activation=activation)
+            return ops.gemm_q(inner, last.weight, last.bias)
+
+
 def join(first: Tensor, second: Tensor) -> Tensor:
     """[first, second] along the tokens; without a copy where they are neighbouring slices of one tensor, as
     the outputs of the block before are."""
@@ -155,7 +179,7 @@ def join(first: Tensor, second: Tensor) -> Tensor:
     return first.as_strided((batch, tokens + second.shape[1], width), first.stride())
 
 
-def intercept(engine: Engine, layer: Layer) -> Any:
+def intercept(engine: Engine, layer: Layer) -> Callable[[], None]:
     """Puts our code in place in one layer; returns a function that takes it out again."""
     if isinstance(layer.spec, ParallelBlocks):
         forward = ParallelForward(engine, layer)
@@ -169,15 +193,31 @@ def intercept(engine: Engine, layer: Layer) -> Any:
 
         return restore
 
+    feed_forwards = [_intercept_feed_forward(engine, part(layer.block, n)) for n in layer.spec.feed_forward]
     attention = layer.attention
     processor = JointProcessor(engine, layer, attention.processor)
     copied = processor._attention_backend
     attention.processor = processor
 
     def restore() -> None:
+        for restore_feed_forward in feed_forwards:
+            restore_feed_forward()
         if attention.processor is processor:
             if processor._attention_backend != copied:
                 processor.original._attention_backend = processor._attention_backend
             attention.processor = processor.original
+
+    return restore
+
+
+def _intercept_feed_forward(engine: Engine, module: nn.Module) -> Callable[[], None]:
+    forward = FusedFeedForward(engine, module)
+    if "forward" not in module.__dict__:
+        module.forward = forward
+
+    def restore() -> None:
+        engine.enabled = False
+        if module.__dict__.get("forward") is forward:
+            del module.forward
 
     return restore

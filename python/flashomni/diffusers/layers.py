@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from flashomni.diffusers.families import Family, JointBlocks, ParallelBlocks, Projections, part
@@ -82,7 +83,8 @@ def _find_fallbacks(layer: Layer) -> None:
     if isinstance(spec, JointBlocks):
         look_at_stream(spec.image)
         look_at_stream(spec.text)
-        # All outputs of a layer go one way: O itself is forecast where one of them is not ours.
+        for name in spec.feed_forward:
+            look(layer.block, name, why_not_fused)
         return
     look_at_stream(spec.stream)
     look(layer.block, spec.mlp, why_not_plain)
@@ -97,3 +99,15 @@ def fused_activation(module: nn.Module) -> str | None:
     if type(module) is not nn.GELU:
         return None
     return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+
+
+def why_not_fused(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """None if a FeedForward is Linear, GELU, Linear and nothing else that has an effect; else what it is."""
+    net = getattr(module, "net", ())
+    if type(module).__name__ != "FeedForward" or len(net) != 3 or type(net[0]).__name__ != "GELU":
+        return f"is {type(module).__name__} of another make than Linear, GELU, Linear"
+    if net[1].training and net[1].p > 0:
+        return "has dropout in effect"
+    if net[0].__dict__.get("forward") is not None or net[0]._forward_hooks or net[0]._forward_pre_hooks:
+        return "has hooks on its activation"
+    return why_not_plain(net[0].proj, dtype) or why_not_plain(net[2], dtype)
