@@ -37,14 +37,9 @@ check: ## see whether this machine has what the build needs
 	  $(CXX) -fopenmp -x c++ -fsyntax-only - 2>/dev/null || { echo \
 	  "FlashOmni needs OpenMP in '$(CXX)': use g++, or for Clang apt-get install libomp-dev"; exit 1; }
 
-# Without an NVIDIA driver the CPU build of torch does: it saves gigabytes. Where its index cannot be reached, the
-# usual one serves.
 $(INSTALLED): pyproject.toml constraints.txt | check
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing what FlashOmni needs into $(VENV)"
-	@command -v nvidia-smi >/dev/null || $(BIN)/python -c 'import torch' 2>/dev/null || \
-	  $(PIP) --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu -c constraints.txt torch \
-	  2>/dev/null || true
 	@$(PIP) -c constraints.txt 'cmake>=3.24' ninja 'scikit-build-core>=0.11' 'apache-tvm-ffi>=0.1.12,<0.2'
 	@$(PIP) -c constraints.txt --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace \
 	  -e '.[diffusers,report,test,lint]'

@@ -10,12 +10,13 @@ find_package(Threads REQUIRED)
 # Options of every object of this project.
 add_library(flashomni_options INTERFACE)
 target_compile_features(flashomni_options INTERFACE cxx_std_20)
-target_compile_options(flashomni_options INTERFACE -Wall -Wextra $<$<CONFIG:Release>:-O3>)
+target_compile_options(flashomni_options INTERFACE -Wall -Wextra)
 target_include_directories(flashomni_options INTERFACE ${PROJECT_SOURCE_DIR})
 target_link_libraries(flashomni_options INTERFACE OpenMP::OpenMP_CXX)
 if(FLASHOMNI_SANITIZE)
   set(sanitize_flags -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
-  target_compile_options(flashomni_options INTERFACE ${sanitize_flags})
+  # -O1: the sanitizers' checks make -O3 take minutes a kernel file.
+  target_compile_options(flashomni_options INTERFACE ${sanitize_flags} -O1 -g)
   target_link_options(flashomni_options INTERFACE ${sanitize_flags})
 endif()
 
