@@ -84,7 +84,7 @@ def demo_command(
         int, typer.Option(min=0, help="Of the first picture's noise; each further one adds 1.")
     ] = 0,
     steps: Annotated[
-        int, typer.Option(min=0, max=1000, help="Denoising steps; 0: 20, or 4 with --quick.")
+        int, typer.Option(min=0, max=1000, help="Denoising steps; 0: 40, or 4 with --quick.")
     ] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the report.")] = Path("demo"),
     config: Changes = None,
@@ -183,7 +183,7 @@ def report_command(
 @app.command("quality")
 def quality_command(
     prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 3,
-    steps: Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps.")] = 40,
     work: Annotated[Path, typer.Option(help="Folder of the dense pictures and of what is done.")] = Path(
         "build/quality"
     ),

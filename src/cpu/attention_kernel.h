@@ -1,8 +1,9 @@
-// Block-sparse attention. A tile is one active (batch element, head, query block); threads take tiles as they come
-// free, and a tile costs what its selected blocks cost.
+// Block-sparse attention. A tile is one active (batch element, head, query block); threads take tiles as they
+// come free, and a tile costs what its selected blocks cost.
 //
-// Within a tile the selected key/value blocks pass one by one: the block is packed, then strips of query rows go
-// through scores, online softmax and the product with the values while the strip's scores lie in the first cache.
+// Within a tile the selected key/value blocks pass one by one: the block is packed, then strips of query rows
+// go through scores, online softmax and the product with the values while the strip's scores lie in the first
+// cache.
 #pragma once
 
 #include <omp.h>
@@ -43,10 +44,10 @@ struct AttentionScratch {
   }
 };
 
-/// A strip row's scores become probabilities in place; the row's maximum and sum move on. Returns what the row's
-/// output so far has to be multiplied by. Columns from `valid` on get probability 0.
-inline float softmax_row(float* row, int64_t valid, int64_t columns, float scale_log2, const float* bias, float& row_max,
-                         float& row_sum) {
+/// A strip row's scores become probabilities in place; the row's maximum and sum move on. Returns what the
+/// row's output so far has to be multiplied by. Columns from `valid` on get probability 0.
+inline float softmax_row(float* row, int64_t valid, int64_t columns, float scale_log2, const float* bias,
+                         float& row_max, float& row_sum) {
   for (int64_t c = valid; c < columns; ++c) row[c] = kMinusInfinity;
   const Float scale = splat(scale_log2);
   Float peak = splat(kMinusInfinity);
@@ -116,7 +117,7 @@ struct Sequence {
   float* lse;
   int64_t q_tokens, kv_tokens, q_blocks, kv_blocks;
   const uint8_t *cache, *skip;
-  int64_t q_row, k_row, v_row, out_row, lse_row;     // strides of a token
+  int64_t q_row, k_row, v_row, out_row, lse_row;       // strides of a token
   int64_t q_head, k_head, v_head, out_head, lse_head;  // strides of a head
 };
 
@@ -162,7 +163,8 @@ class Tile {
   using Units = typename UnitsOf<T>::type;
 
  public:
-  Tile(const AttentionCall<T>& call, const Sequence<T>& s, const AttentionScratch& scratch, int64_t head, int64_t block)
+  Tile(const AttentionCall<T>& call, const Sequence<T>& s, const AttentionScratch& scratch, int64_t head,
+       int64_t block)
       : call_(call), s_(s), m_(scratch), head_(head), first_row_(block * call.block_q) {
     rows_ = at_most(call.block_q, s.q_tokens - first_row_);
     q_units_ = units<Units>(call.head_dim);
@@ -199,8 +201,9 @@ class Tile {
     }
     if (columns <= 0) return;
     const bool diagonal = call_.a.causal && visible - rows_ < columns;
-    absorb(s_.k + first * s_.k_row + kv_head * s_.k_head, s_.k_row, s_.v + first * s_.v_row + kv_head * s_.v_head,
-           s_.v_row, columns, nullptr, diagonal ? visible - rows_ + 1 : columns, diagonal);
+    absorb(s_.k + first * s_.k_row + kv_head * s_.k_head, s_.k_row,
+           s_.v + first * s_.v_row + kv_head * s_.v_head, s_.v_row, columns, nullptr,
+           diagonal ? visible - rows_ + 1 : columns, diagonal);
   }
 
   /// Skipped blocks, each stood for by its mean key and value with the weight of its length.
@@ -218,28 +221,28 @@ class Tile {
         any |= skipped;
       }
       if (any) {
-        absorb(keys + j * k.strides[1], k.strides[1], values + j * v.strides[1], v.strides[1], columns, m_.bias, columns,
-               false);
+        absorb(keys + j * k.strides[1], k.strides[1], values + j * v.strides[1], v.strides[1], columns,
+               m_.bias, columns, false);
       }
     }
   }
 
   /// Row r of the tile sees `first_valid` + r columns where `diagonal`, `columns` otherwise.
   template <class S>
-  void absorb(const S* keys, int64_t key_row, const S* values, int64_t value_row, int64_t columns, const float* bias,
-              int64_t first_valid, bool diagonal) {
+  void absorb(const S* keys, int64_t key_row, const S* values, int64_t value_row, int64_t columns,
+              const float* bias, int64_t first_valid, bool diagonal) {
     const int64_t wide = padded(columns), dim = call_.dim, k_units = units<Units>(columns);
     const int64_t value_panel = k_units * kPanel;
     pack_transposed<Units>(keys, key_row, columns, call_.head_dim, m_.keys, q_units_ * kPanel, m_.transpose);
     pack_rows(Units{}, values, value_row, call_.head_dim, columns, m_.values, value_panel, m_.rows);
     for (int64_t r = 0; r < rows_; r += kStripRows) {
       const int64_t strip = at_most(kStripRows, rows_ - r);
-      multiply<Units>(m_.query + r * q_units_, q_units_, strip, m_.keys, q_units_ * kPanel, wide / kPanel, q_units_,
-                      m_.scores, wide, false);
+      multiply<Units>(m_.query + r * q_units_, q_units_, strip, m_.keys, q_units_ * kPanel, wide / kPanel,
+                      q_units_, m_.scores, wide, false);
       for (int64_t i = 0; i < strip; ++i) {
         const int64_t seen = diagonal ? at_least(0, at_most(columns, first_valid + r + i)) : columns;
-        const float rescale = softmax_row(m_.scores + i * wide, seen, wide, call_.scale_log2, bias, m_.row_max[r + i],
-                                          m_.row_sum[r + i]);
+        const float rescale = softmax_row(m_.scores + i * wide, seen, wide, call_.scale_log2, bias,
+                                          m_.row_max[r + i], m_.row_sum[r + i]);
         if (begun_ && rescale != 1.0f) scale_row(m_.output + (r + i) * dim, dim, rescale);
       }
       const Unit* p = reinterpret_cast<const Unit*>(m_.scores);
@@ -251,8 +254,8 @@ class Tile {
           Units::make(m_.scores + i * wide, wide, m_.probabilities + i * p_stride);
         }
       }
-      multiply<Units>(p, p_stride, strip, m_.values, value_panel, dim / kPanel, k_units, m_.output + r * dim, dim,
-                      begun_);
+      multiply<Units>(p, p_stride, strip, m_.values, value_panel, dim / kPanel, k_units, m_.output + r * dim,
+                      dim, begun_);
     }
     begun_ = true;
   }
@@ -290,7 +293,8 @@ inline void attention_as(const AttentionArguments& arguments, void* workspace, i
   const size_t per_thread = measure.used();
   // Ragged elements differ in their number of blocks; empty tiles past an element's end cost a comparison.
   int64_t most_blocks = 0;
-  for (int64_t b = 0; b < call.batch(); ++b) most_blocks = at_least(most_blocks, sequence_of(call, b).q_blocks);
+  for (int64_t b = 0; b < call.batch(); ++b)
+    most_blocks = at_least(most_blocks, sequence_of(call, b).q_blocks);
   const int64_t tiles = call.batch() * call.heads * most_blocks;
 #pragma omp parallel num_threads(threads)
   {
@@ -298,7 +302,8 @@ inline void attention_as(const AttentionArguments& arguments, void* workspace, i
     const AttentionScratch scratch(arena, call.block_q, call.block_kv, call.head_dim);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t block = t % most_blocks, head = t / most_blocks % call.heads, b = t / most_blocks / call.heads;
+      const int64_t block = t % most_blocks, head = t / most_blocks % call.heads,
+                    b = t / most_blocks / call.heads;
       const Sequence<T> s = sequence_of(call, b);
       if (block >= s.q_blocks || !bit_at(s.cache, block * call.heads + head)) continue;
       Tile<T>(call, s, scratch, head, block).run(block);

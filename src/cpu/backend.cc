@@ -8,7 +8,9 @@
 namespace flashomni {
 namespace {
 
-int threads_of(const Context& context) { return context.threads > 0 ? context.threads : omp_get_max_threads(); }
+int threads_of(const Context& context) {
+  return context.threads > 0 ? context.threads : omp_get_max_threads();
+}
 
 template <auto kMember, class Arguments>
 size_t workspace(const Arguments& arguments, const Context& context) {

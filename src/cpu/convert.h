@@ -26,8 +26,12 @@ inline uint32_t float_to_bits(float x) {
   return bits;
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+inline float to_float(float x) {
+  return x;
+}
+inline float to_float(BFloat16 x) {
+  return bits_to_float(uint32_t{x.bits} << 16);
+}
 inline float to_float(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7FFF;
   if (magnitude >= 0x7C00) return bits_to_float(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
@@ -35,7 +39,9 @@ inline float to_float(Float16 x) {
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000)));
 }
 
-inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, float& out) {
+  out = x;
+}
 inline void from_float(float x, BFloat16& out) {
   const uint32_t bits = float_to_bits(x);
   const bool nan = (bits & 0x7FFFFFFF) > 0x7F800000;
@@ -82,8 +88,12 @@ inline void store_from_float(Float16* p, Float v) {
 }
 #endif
 
-inline Float load_as_float(const float* p) { return load(p); }
-inline void store_from_float(float* p, Float v) { store(p, v); }
+inline Float load_as_float(const float* p) {
+  return load(p);
+}
+inline void store_from_float(float* p, Float v) {
+  store(p, v);
+}
 
 inline Float load_as_float(const BFloat16* p) {
   Half h;

@@ -26,12 +26,14 @@ inline void block_mean_as(const BlockMeanArguments& a, int threads) {
       float sum[kRun], row[kRun];  // head_dim is at most 256
       for (int64_t h = 0; h < heads; ++h) {
         std::memset(sum, 0, sizeof sum);
-        const T* x = static_cast<const T*>(a.x.data) + b * a.x.strides[0] + first * a.x.strides[1] + h * a.x.strides[2];
+        const T* x = static_cast<const T*>(a.x.data) + b * a.x.strides[0] + first * a.x.strides[1] +
+                     h * a.x.strides[2];
         for (int64_t t = 0; t < count; ++t) {
           to_floats(x + t * a.x.strides[1], row, dim);
           for (int64_t d = 0; d < dim; ++d) sum[d] += row[d];
         }
-        float* out = static_cast<float*>(a.out.data) + b * a.out.strides[0] + i * a.out.strides[1] + h * a.out.strides[2];
+        float* out = static_cast<float*>(a.out.data) + b * a.out.strides[0] + i * a.out.strides[1] +
+                     h * a.out.strides[2];
         for (int64_t d = 0; d < dim; ++d) out[d] = sum[d] / static_cast<float>(count);
       }
     }
@@ -144,10 +146,12 @@ inline void norm_rope(const NormRopeArguments& a, int threads) {
   with_type(a.x.dtype, [&](auto* t) { norm_rope_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
 }
 inline void taylor_update(const TaylorUpdateArguments& a, int threads) {
-  with_type(a.feature.dtype, [&](auto* t) { taylor_update_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
+  with_type(a.feature.dtype,
+            [&](auto* t) { taylor_update_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
 }
 inline void taylor_forecast(const TaylorForecastArguments& a, int threads) {
-  with_type(a.out.dtype, [&](auto* t) { taylor_forecast_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
+  with_type(a.out.dtype,
+            [&](auto* t) { taylor_forecast_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
 }
 
 }  // namespace

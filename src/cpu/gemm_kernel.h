@@ -1,5 +1,6 @@
-// The sparse linear layers. The weight is packed once a call, a group of output columns at a time; then threads take
-// (row block, column group) tiles as they come free, and a tile multiplies only its active stretches of k.
+// The sparse linear layers. The weight is packed once a call, a group of output columns at a time; then
+// threads take (row block, column group) tiles as they come free, and a tile multiplies only its active
+// stretches of k.
 #pragma once
 
 #include <omp.h>
@@ -14,7 +15,7 @@ namespace flashomni::cpu {
 namespace FLASHOMNI_ISA {
 namespace {
 
-constexpr int64_t kDepth = 384;        // k elements of A that pass through the caches at a time
+constexpr int64_t kDepth = 384;         // k elements of A that pass through the caches at a time
 constexpr int64_t kGroupColumns = 128;  // output columns a tile
 
 /// How the output's columns are cut. A group never spans two heads of GEMM-Q.
@@ -34,7 +35,8 @@ struct ColumnGroups {
 /// Which rows of the matrix lie in which row block of the joint sequence.
 struct RowBlocks {
   int64_t rows, offset, block;
-  RowBlocks(const TileSymbols& tiles, int64_t rows) : rows(rows), offset(tiles.row_offset), block(tiles.block_q) {}
+  RowBlocks(const TileSymbols& tiles, int64_t rows)
+      : rows(rows), offset(tiles.row_offset), block(tiles.block_q) {}
   int64_t first_block() const { return offset / block; }
   int64_t count() const { return rows == 0 ? 0 : (offset + rows - 1) / block - first_block() + 1; }
   int64_t begin(int64_t i) const { return at_least(0, (first_block() + i) * block - offset); }
@@ -59,8 +61,8 @@ struct PackedWeight {
   template <class T>
   void pack(const TensorView& weight, const ColumnGroups& groups, int64_t group, Unit* scratch) const {
     const T* rows = static_cast<const T*>(weight.data) + groups.first(group) * weight.strides[0];
-    pack_transposed<Units>(rows, weight.strides[0], groups.width(group), weight.shape[1], data + group * group_stride,
-                           panel_stride(), scratch);
+    pack_transposed<Units>(rows, weight.strides[0], groups.width(group), weight.shape[1],
+                           data + group * group_stride, panel_stride(), scratch);
   }
 };
 
@@ -81,7 +83,8 @@ class TileSum {
   using Units = typename UnitsOf<T>::type;
 
  public:
-  TileSum(const GemmScratch& scratch, const PackedWeight<Units>& weight, int64_t group, int64_t width, int64_t rows)
+  TileSum(const GemmScratch& scratch, const PackedWeight<Units>& weight, int64_t group, int64_t width,
+          int64_t rows)
       : scratch_(scratch), weight_(weight), group_(group), wide_(padded(width)), rows_(rows) {}
 
   /// Adds a[rows, k_begin..k_end) times the weight's columns k_begin.. .
@@ -91,12 +94,13 @@ class TileSum {
       const Unit* rows = reinterpret_cast<const Unit*>(a + k);
       int64_t stride = a_stride;
       if constexpr (!std::is_same_v<T, float>) {
-        for (int64_t r = 0; r < rows_; ++r) Units::make(a + r * a_stride + k, depth, scratch_.slice + r * depth_units);
+        for (int64_t r = 0; r < rows_; ++r)
+          Units::make(a + r * a_stride + k, depth, scratch_.slice + r * depth_units);
         rows = scratch_.slice;
         stride = depth_units;
       }
-      multiply<Units>(rows, stride, rows_, weight_.at(group_, k), weight_.panel_stride(), wide_ / kPanel, depth_units,
-                      scratch_.sum, wide_, begun_);
+      multiply<Units>(rows, stride, rows_, weight_.at(group_, k), weight_.panel_stride(), wide_ / kPanel,
+                      depth_units, scratch_.sum, wide_, begun_);
       begun_ = true;
     }
   }
@@ -162,11 +166,11 @@ inline void activate_row(float* row, int64_t width, Activation activation) {
   for (int64_t i = 0; i < padded(width); i += kLanes) store(row + i, activate(load(row + i), activation));
 }
 
-/// Packs the weight and runs `tile(scratch, weight, batch, row block, group)` for every tile, in one parallel region.
-/// `wanted(group)`: whether any tile needs that group.
+/// Packs the weight and runs `tile(scratch, weight, batch, row block, group)` for every tile, in one parallel
+/// region. `wanted(group)`: whether any tile needs that group.
 template <class T, class Wanted, class Run>
-inline void for_tiles(const TensorView& weight_view, const ColumnGroups& groups, const RowBlocks& blocks, int64_t batch,
-                      void* workspace, int threads, Wanted&& wanted, Run&& run) {
+inline void for_tiles(const TensorView& weight_view, const ColumnGroups& groups, const RowBlocks& blocks,
+                      int64_t batch, void* workspace, int threads, Wanted&& wanted, Run&& run) {
   using Units = typename UnitsOf<T>::type;
   const int64_t k = weight_view.shape[1];
   Arena shared(workspace);
@@ -204,8 +208,8 @@ inline size_t gemm_workspace_as(const ColumnGroups& groups, int64_t block, int64
 inline size_t gemm_workspace(const TensorView& weight, int64_t heads, int64_t block, int threads) {
   size_t bytes = 0;
   with_type(weight.dtype, [&](auto* type) {
-    bytes = gemm_workspace_as<std::remove_pointer_t<decltype(type)>>(ColumnGroups(weight.shape[0], heads), block,
-                                                                    weight.shape[1], threads);
+    bytes = gemm_workspace_as<std::remove_pointer_t<decltype(type)>>(ColumnGroups(weight.shape[0], heads),
+                                                                     block, weight.shape[1], threads);
   });
   return bytes;
 }
@@ -215,7 +219,8 @@ struct TileBits {
   const TileSymbols& tiles;
   int64_t first_block;
   bool active(int64_t batch, int64_t block, int64_t head) const {
-    return bit_at(element_bytes(tiles.cache, tiles.cache_indptr, batch), (first_block + block) * tiles.heads + head);
+    return bit_at(element_bytes(tiles.cache, tiles.cache_indptr, batch),
+                  (first_block + block) * tiles.heads + head);
   }
 };
 
@@ -261,8 +266,8 @@ inline void gemm_q_as(const GemmQArguments& a, void* workspace, int threads) {
 
 /// Adds the heads of a row block whose bit is `wanted`, neighbours in one stretch of k.
 template <class T>
-inline void add_heads(TileSum<T>& sum, const TileBits& bits, int64_t batch, int64_t block, bool wanted, const T* a,
-                      int64_t a_stride, int64_t head_dim) {
+inline void add_heads(TileSum<T>& sum, const TileBits& bits, int64_t batch, int64_t block, bool wanted,
+                      const T* a, int64_t a_stride, int64_t head_dim) {
   const int64_t heads = bits.tiles.heads;
   for (int64_t h = 0; h < heads; ++h) {
     if (bits.active(batch, block, h) != wanted) continue;
@@ -308,29 +313,30 @@ inline void gemm_o_dispatch_as(const GemmODispatchArguments& a, void* workspace,
   const TileBits bits{a.tiles, blocks.first_block()};
   const float* coefficients = static_cast<const float*>(a.coefficients.data);
   const bool any = a.weight.shape[1] > a.tiles.heads * a.head_dim || any_active(bits, blocks, a.o.shape[0]);
-  for_tiles<T>(a.weight, groups, blocks, a.o.shape[0], workspace, threads, [any](int64_t) { return any; },
-               [&](const GemmScratch& scratch, const auto& weight, int64_t b, int64_t block, int64_t group) {
-                 const int64_t begin = blocks.begin(block), rows = blocks.end(block) - begin;
-                 const int64_t first = groups.first(group), width = groups.width(group);
-                 TileSum<T> sum(scratch, weight, group, width, rows);
-                 const T* o = row_of<const T>(a.o, b, begin, 0);
-                 add_heads(sum, bits, b, block, true, o, a.o.strides[1], a.head_dim);
-                 sum.add(o, a.o.strides[1], a.tiles.heads * a.head_dim, a.weight.shape[1]);
-                 for (int64_t r = 0; r < rows; ++r) {
-                   float* row = sum.row(r);
-                   for (int32_t i = 0; i < a.orders; ++i) {
-                     const float c = coefficients[a.coefficients.strides[0] * i];
-                     if (c == 0.0f) continue;  // an order without history may hold anything
-                     const T* cached = row_of<const T>(a.cached[i], b, begin + r, first);
-                     int64_t j = 0;
-                     for (; j + kLanes <= width; j += kLanes) {
-                       store(row + j, load(row + j) + splat(c) * load_as_float(cached + j));
-                     }
-                     for (; j < width; ++j) row[j] += c * to_float(cached[j]);
-                   }
-                   from_floats(row, row_of<T>(a.out, b, begin + r, first), width);
-                 }
-               });
+  for_tiles<T>(
+      a.weight, groups, blocks, a.o.shape[0], workspace, threads, [any](int64_t) { return any; },
+      [&](const GemmScratch& scratch, const auto& weight, int64_t b, int64_t block, int64_t group) {
+        const int64_t begin = blocks.begin(block), rows = blocks.end(block) - begin;
+        const int64_t first = groups.first(group), width = groups.width(group);
+        TileSum<T> sum(scratch, weight, group, width, rows);
+        const T* o = row_of<const T>(a.o, b, begin, 0);
+        add_heads(sum, bits, b, block, true, o, a.o.strides[1], a.head_dim);
+        sum.add(o, a.o.strides[1], a.tiles.heads * a.head_dim, a.weight.shape[1]);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* row = sum.row(r);
+          for (int32_t i = 0; i < a.orders; ++i) {
+            const float c = coefficients[a.coefficients.strides[0] * i];
+            if (c == 0.0f) continue;  // an order without history may hold anything
+            const T* cached = row_of<const T>(a.cached[i], b, begin + r, first);
+            int64_t j = 0;
+            for (; j + kLanes <= width; j += kLanes) {
+              store(row + j, load(row + j) + splat(c) * load_as_float(cached + j));
+            }
+            for (; j < width; ++j) row[j] += c * to_float(cached[j]);
+          }
+          from_floats(row, row_of<T>(a.out, b, begin + r, first), width);
+        }
+      });
 }
 
 inline size_t gemm_q_workspace(const GemmQArguments& a, int threads) {
@@ -343,13 +349,16 @@ inline size_t gemm_o_dispatch_workspace(const GemmODispatchArguments& a, int thr
   return gemm_workspace(a.weight, 1, a.tiles.block_q, threads);
 }
 inline void gemm_q(const GemmQArguments& a, void* workspace, int threads) {
-  with_type(a.x.dtype, [&](auto* t) { gemm_q_as<std::remove_pointer_t<decltype(t)>>(a, workspace, threads); });
+  with_type(a.x.dtype,
+            [&](auto* t) { gemm_q_as<std::remove_pointer_t<decltype(t)>>(a, workspace, threads); });
 }
 inline void gemm_o_update(const GemmOUpdateArguments& a, void* workspace, int threads) {
-  with_type(a.out.dtype, [&](auto* t) { gemm_o_update_as<std::remove_pointer_t<decltype(t)>>(a, workspace, threads); });
+  with_type(a.out.dtype,
+            [&](auto* t) { gemm_o_update_as<std::remove_pointer_t<decltype(t)>>(a, workspace, threads); });
 }
 inline void gemm_o_dispatch(const GemmODispatchArguments& a, void* workspace, int threads) {
-  with_type(a.out.dtype, [&](auto* t) { gemm_o_dispatch_as<std::remove_pointer_t<decltype(t)>>(a, workspace, threads); });
+  with_type(a.out.dtype,
+            [&](auto* t) { gemm_o_dispatch_as<std::remove_pointer_t<decltype(t)>>(a, workspace, threads); });
 }
 
 }  // namespace

@@ -16,7 +16,9 @@ struct Candidate {
   bool (*fast)();  // whether it beats the next one here; FLASHOMNI_CPU_ISA asks only whether it is available
 };
 
-bool always() { return true; }
+bool always() {
+  return true;
+}
 #if defined(FLASHOMNI_CPU_HAS_X86)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -25,10 +27,14 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-// Intel's cores with AMX issue a bfloat16 dot product too seldom: 163 ms of attention against 115 ms with float32
-// products, both in bfloat16 storage (4,112 tokens, 4 heads of 64, 2 threads).
-bool has_fast_dot_products() { return !__builtin_cpu_is("intel"); }
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+// Intel's cores with AMX issue a bfloat16 dot product too seldom: 163 ms of attention against 115 ms with
+// float32 products, both in bfloat16 storage (4,112 tokens, 4 heads of 64, 2 threads).
+bool has_fast_dot_products() {
+  return !__builtin_cpu_is("intel");
+}
 #endif
 
 // Best first.
@@ -62,6 +68,8 @@ const KernelTable& kernels() {
 
 }  // namespace cpu
 
-const char* cpu_isa() { return cpu::kernels().isa; }
+const char* cpu_isa() {
+  return cpu::kernels().isa;
+}
 
 }  // namespace flashomni

@@ -1,4 +1,5 @@
-// Compiled once for each instruction set, with FLASHOMNI_ISA naming it: all kernels of that set, and their table.
+// Compiled once for each instruction set, with FLASHOMNI_ISA naming it: all kernels of that set, and their
+// table.
 #include "src/cpu/kernels.h"
 
 #include "src/cpu/attention_kernel.h"

@@ -1,8 +1,8 @@
 // The matrix product that attention and the GEMMs share: C[rows, columns] += A[rows, k] B[k, columns].
 //
-// The k axis counts *units* of 32 bits: one float32, or two neighbouring bfloat16 where the chip multiplies those in
-// pairs. A is row-major in units. B lies in panels of kPanel columns, [k units][kPanel] each, so that a vector holds
-// neighbouring columns. C is float32, row-major.
+// The k axis counts *units* of 32 bits: one float32, or two neighbouring bfloat16 where the chip multiplies
+// those in pairs. A is row-major in units. B lies in panels of kPanel columns, [k units][kPanel] each, so
+// that a vector holds neighbouring columns. C is float32, row-major.
 #pragma once
 
 #include "src/cpu/convert.h"
@@ -36,7 +36,8 @@ struct PairUnits {
   static inline Float multiply_add(Float sum, const Unit* a, const Unit* b) {
     int32_t x;
     std::memcpy(&x, a, 4);
-    return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)_mm512_loadu_si512(b));
+    return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x),
+                                   (__m512bh)_mm512_loadu_si512(b));
   }
   static inline void make(const BFloat16* in, int64_t n, Unit* out) {
     if (n & 1) out[n / 2] = 0;
@@ -66,7 +67,9 @@ template <class Units>
 constexpr int64_t units(int64_t elements) {
   return (elements + Units::kElements - 1) / Units::kElements;
 }
-inline int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+inline int64_t padded(int64_t columns) {
+  return (columns + kPanel - 1) / kPanel * kPanel;
+}
 
 template <class Units, int kRows>
 inline void micro_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t k, float* c, int64_t c_stride,
@@ -104,8 +107,8 @@ inline void micro_rest(int64_t rows, const Unit* a, int64_t a_stride, const Unit
 
 /// C[rows, panels * kPanel] (+)= A B. `panel_stride`: units from one panel of B to the next.
 template <class Units>
-inline void multiply(const Unit* a, int64_t a_stride, int64_t rows, const Unit* b, int64_t panel_stride, int64_t panels,
-                     int64_t k, float* c, int64_t c_stride, bool accumulate) {
+inline void multiply(const Unit* a, int64_t a_stride, int64_t rows, const Unit* b, int64_t panel_stride,
+                     int64_t panels, int64_t k, float* c, int64_t c_stride, bool accumulate) {
   for (int64_t p = 0; p < panels; ++p, b += panel_stride, c += kPanel) {
     int64_t r = 0;
     for (; r + kMicroRows <= rows; r += kMicroRows) {
@@ -132,7 +135,8 @@ inline void transpose8(const Unit* const in[8], Unit* out, int64_t out_stride) {
     r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
   }
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(reinterpret_cast<float*>(out + i * out_stride), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(out + i * out_stride),
+                     _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
     _mm256_storeu_ps(reinterpret_cast<float*>(out + (i + 4) * out_stride),
                      _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
@@ -143,11 +147,11 @@ inline void transpose8(const Unit* const in[8], Unit* out, int64_t out_stride) {
 #endif
 }
 
-/// Packs `columns` rows of a row-major matrix as the *columns* of B (B = in^T): in[column][k], as keys and weights lie.
-/// Columns up to the next multiple of kPanel become zero. `scratch` holds 8 * units(k) units.
+/// Packs `columns` rows of a row-major matrix as the *columns* of B (B = in^T): in[column][k], as keys and
+/// weights lie. Columns up to the next multiple of kPanel become zero. `scratch` holds 8 * units(k) units.
 template <class Units, class T>
-inline void pack_transposed(const T* in, int64_t in_stride, int64_t columns, int64_t k, Unit* out, int64_t panel_stride,
-                            Unit* scratch) {
+inline void pack_transposed(const T* in, int64_t in_stride, int64_t columns, int64_t k, Unit* out,
+                            int64_t panel_stride, Unit* scratch) {
   const int64_t k_units = units<Units>(k);
   for (int64_t column = 0; column < padded(columns); column += 8) {
     Unit* panel = out + column / kPanel * panel_stride + column % kPanel;
@@ -177,8 +181,8 @@ inline void pack_transposed(const T* in, int64_t in_stride, int64_t columns, int
   }
 }
 
-/// Packs a row-major matrix as B itself: in[k][column], as values lie. Columns up to the next multiple of kPanel, and
-/// k up to a whole unit, become zero. `scratch` holds 2 * columns floats.
+/// Packs a row-major matrix as B itself: in[k][column], as values lie. Columns up to the next multiple of
+/// kPanel, and k up to a whole unit, become zero. `scratch` holds 2 * columns floats.
 template <class T>
 inline void pack_rows(FloatUnits, const T* in, int64_t in_stride, int64_t columns, int64_t k, Unit* out,
                       int64_t panel_stride, float*) {

@@ -1,5 +1,5 @@
-// Threads take (batch element, head) pairs and write one byte a decision; then the bytes are packed into bits, whose
-// bytes several heads share.
+// Threads take (batch element, head) pairs and write one byte a decision; then the bytes are packed into
+// bits, whose bytes several heads share.
 #include "src/cpu/select.h"
 
 #include <omp.h>
@@ -18,7 +18,8 @@ struct Shape {
   int64_t batch, q_blocks, kv_blocks, heads, group, dim;
   int64_t text_q_begin, text_q_end, text_kv_begin, text_kv_end;  // blocks that hold text
   explicit Shape(const SelectArguments& a) {
-    batch = a.q_mean.shape[0], q_blocks = a.q_mean.shape[1], heads = a.q_mean.shape[2], dim = a.q_mean.shape[3];
+    batch = a.q_mean.shape[0], q_blocks = a.q_mean.shape[1], heads = a.q_mean.shape[2],
+    dim = a.q_mean.shape[3];
     kv_blocks = a.k_mean.shape[1], group = heads / a.k_mean.shape[2];
     const int64_t end = a.text_start + a.text_length;
     const bool text = a.text_length > 0;
@@ -49,7 +50,8 @@ struct Buffers {
     const int64_t tiles = s.batch * s.q_blocks * s.heads, blocks = std::max(s.q_blocks, s.kv_blocks);
     active = static_cast<uint8_t*>(workspace);
     kept = active + tiles;
-    char* own = static_cast<char*>(workspace) + shared_bytes(s) + thread_bytes(s) * static_cast<size_t>(thread);
+    char* own =
+        static_cast<char*>(workspace) + shared_bytes(s) + thread_bytes(s) * static_cast<size_t>(thread);
     scores = reinterpret_cast<float*>(own);
     given = scores + s.q_blocks * s.kv_blocks;
     taken = given + blocks;
@@ -94,7 +96,8 @@ void score(const SelectArguments& a, const Shape& s, int64_t b, int64_t h, float
       for (int64_t d = 0; d < s.dim; d += 8) {  // every head_dim is a multiple of 8
         for (int e = 0; e < 8; ++e) sum[e] += x[d + e] * y[d + e];
       }
-      scores[i * s.kv_blocks + j] = scale * (((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
+      scores[i * s.kv_blocks + j] =
+          scale * (((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
     }
   }
 }
@@ -121,7 +124,8 @@ void text_shares(const SelectArguments& a, const Shape& s, const Buffers& m) {
   const double given = std::accumulate(m.given, m.given + s.q_blocks, 0.0);
   const double taken = std::accumulate(m.taken, m.taken + s.q_blocks, 0.0);
   for (int64_t i = 0; i < s.q_blocks; ++i) {
-    m.share[i] = static_cast<float>(0.5 * ((given > 0 ? m.given[i] / given : 0) + (taken > 0 ? m.taken[i] / taken : 0)));
+    m.share[i] = static_cast<float>(
+        0.5 * ((given > 0 ? m.given[i] / given : 0) + (taken > 0 ? m.taken[i] / taken : 0)));
   }
 }
 
@@ -172,7 +176,8 @@ void switch_layer(const SelectArguments& a, const Shape& s, const Buffers& m, in
   const int64_t tiles = s.q_blocks * s.heads;
   uint8_t* active = m.active + b * tiles;
   const int64_t count = std::accumulate(active, active + tiles, int64_t{0});
-  if (a.s_q <= 0 || static_cast<double>(count) > static_cast<double>(a.s_q) * static_cast<double>(tiles)) return;
+  if (a.s_q <= 0 || static_cast<double>(count) > static_cast<double>(a.s_q) * static_cast<double>(tiles))
+    return;
   std::fill(active, active + tiles, uint8_t{0});
   std::fill_n(m.kept + b * tiles * s.kv_blocks, tiles * s.kv_blocks, uint8_t{0});
 }

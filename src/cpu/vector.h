@@ -1,5 +1,6 @@
-// float32 vectors of the compiler's own kind, at the width that this build's instruction set has. One source serves
-// every instruction set; everything is static, so that no build's code can stand in for another's at link time.
+// float32 vectors of the compiler's own kind, at the width that this build's instruction set has. One source
+// serves every instruction set; everything is static, so that no build's code can stand in for another's at
+// link time.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +32,12 @@ inline Float load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
-inline Float splat(float x) { return x - Float{}; }
+inline void store(float* p, Float v) {
+  std::memcpy(p, &v, sizeof v);
+}
+inline Float splat(float x) {
+  return x - Float{};
+}
 
 inline Float maximum(Float a, Float b) {
 #if defined(__AVX512F__)
@@ -58,7 +63,7 @@ inline float total(Float v) {
 /// 2^x for x <= 128, relative error under 2e-7; 0 below -126 (and for -inf).
 inline Float exp2_of(Float x) {
   const Float low = maximum(splat(-127.0f), x);  // in this order a NaN stays one
-  const Float magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Float magic = splat(12582912.0f);        // 1.5 * 2^23: adding it rounds to an integer
   const Float shifted = low + magic;
   const Float f = low - (shifted - magic);  // in [-0.5, 0.5]
   Float p = splat(1.5403530e-4f);

@@ -24,11 +24,17 @@ class Arena {
   size_t used_ = 0;
 };
 
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t at_most(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t at_least(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 /// One bit of a batch element; a null pointer reads as all ones.
-inline bool bit_at(const uint8_t* bytes, int64_t bit) { return bytes == nullptr || (bytes[bit >> 3] >> (bit & 7) & 1); }
+inline bool bit_at(const uint8_t* bytes, int64_t bit) {
+  return bytes == nullptr || (bytes[bit >> 3] >> (bit & 7) & 1);
+}
 
 }  // namespace
 }  // namespace FLASHOMNI_ISA

@@ -2,7 +2,8 @@
 
     PYTHONPATH=python python tools/tiny_flux/evaluate.py --config bfloat16,20,5 --config bfloat16,20,5,2
 
-A config is DTYPE,STEPS,SHIFT[,GUIDANCE]. The dtype "mixed" keeps weights and latents in float32 and multiplies in
+A config is DTYPE,STEPS,SHIFT[,GUIDANCE]. The dtype "mixed" keeps weights and latents in float32 and
+multiplies in
 bfloat16. Prompt i uses seed i. Prints a line of JSON a config; --out keeps every prompt's verdict.
 """
 
@@ -38,7 +39,9 @@ def run(config: str, prompts: list[str], weights: Path | None, device: str, batc
 
 def main() -> None:
     start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", action="append", required=True)
     parser.add_argument("--weights", type=Path, help="other weights than the shipped ones")
     parser.add_argument("--prompts", type=int, default=len(HELD_OUT_PROMPTS), help="how many, from the first")
@@ -56,7 +59,9 @@ def main() -> None:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             name = config.replace(",", "-")
-            (args.out / f"{name}.json").write_text(json.dumps({"summary": summary, "verdicts": verdicts}, indent=1))
+            (args.out / f"{name}.json").write_text(
+                json.dumps({"summary": summary, "verdicts": verdicts}, indent=1)
+            )
             contact_sheet(images[:40]).save(args.out / f"{name}.jpg", quality=92)
 
 

@@ -1,6 +1,7 @@
 """Muon for the hidden matrices, AdamW for everything else.
 
-Muon replaces the momentum of a matrix by its nearest orthogonal one, found by a few Newton-Schulz steps; on small
+Muon replaces the momentum of a matrix by its nearest orthogonal one, found by a few Newton-Schulz steps; on
+small
 transformers it needs about half the steps of Adam. Equal shapes are stacked, so that a step is a handful of
 batched products instead of a thousand small kernels.
 """
@@ -28,7 +29,9 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon whose updates have the root mean square of Adam's (0.2), so that Adam's learning rates fit."""
 
-    def __init__(self, params: list[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
+    def __init__(
+        self, params: list[torch.Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.05
+    ):
         by_shape: dict[torch.Size, list[torch.Tensor]] = {}
         for param in params:
             by_shape.setdefault(param.shape, []).append(param)

@@ -4,7 +4,8 @@
     PYTHONPATH=python python tools/tiny_flux/train.py --out run2 --resume run1 --stage 256,32,400,1,0
 
 A stage is SIDE,BATCH,SECONDS[,LR,LR_AT_END]: picture side in pixels, pictures a step, seconds of training
-(including compilation; a trailing "n" counts steps instead, as in 9000n), and the factors on the learning rates at
+(including compilation; a trailing "n" counts steps instead, as in 9000n), and the factors on the learning
+rates at
 its start and end (1,1 by default).
 """
 
@@ -143,7 +144,9 @@ class Trainer:
                 losses.zero_()
                 rate = round(steps * stage.batch / (now - last), 1)
                 last = now
-                self.log(side=stage.side, step=self.meta["step"] + step, loss=round(mean, 5), lr=factor, rate=rate)
+                self.log(
+                    side=stage.side, step=self.meta["step"] + step, loss=round(mean, 5), lr=factor, rate=rate
+                )
                 if mean != mean:
                     raise SystemExit("the loss is not a number")
         self.meta["step"] += step
@@ -174,7 +177,9 @@ class Trainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and samples")
     parser.add_argument("--resume", type=Path, help="folder of an earlier run")
     parser.add_argument("--stage", action="append", required=True)
@@ -183,7 +188,9 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=ADAM_LR)
     parser.add_argument("--prompts", type=int, default=120, help="held-out prompts to judge after each stage")
     parser.add_argument("--sample-steps", type=int, default=20)
-    parser.add_argument("--sweep", type=float, nargs="*", default=[], help="other shifts to sample with at the end")
+    parser.add_argument(
+        "--sweep", type=float, nargs="*", default=[], help="other shifts to sample with at the end"
+    )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     Trainer(parser.parse_args()).train()

@@ -142,7 +142,7 @@ def markdown(content: dict, best: Sequence[dict], floor: float) -> str:
         "that may be "
         "cached and skipped; ramp: power of the growth of both over the run, 0 = none; warm-up: dense steps "
         "at the "
-        "start (the paper's 8 of 50 become 3 of 20). Settings in bold are on the frontier: no other is both "
+        "start (the paper's 8 of 50 become 6 of 40). Settings in bold are on the frontier: no other is both "
         "faster and "
         "closer.",
         "- Speed-up is end to end on this machine: dense torch seconds over this setting's, same prompts.",

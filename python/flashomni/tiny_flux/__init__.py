@@ -1,8 +1,10 @@
 """tiny_flux: a small text-to-image Flux, really trained, that ships with the package.
 
 It draws coloured shapes and handwritten digits ("a red star above a blue circle on a striped background") in
-256 x 256 pixels, 4,096 image tokens, through diffusers' own FluxPipeline; `score` tells from the pixels whether
-a picture shows what its prompt says. So what sparse attention does to quality can be measured without a network
+256 x 256 pixels, 4,096 image tokens, through diffusers' own FluxPipeline; `score` tells from the pixels
+whether
+a picture shows what its prompt says. So what sparse attention does to quality can be measured without a
+network
 connection and without a large model.
 
     from flashomni import tiny_flux

@@ -57,7 +57,8 @@ def _size_ok(found: Found, thing: Thing) -> bool:
 
 
 def _relation_ok(relation: str, first: Found, second: Found, alone: bool) -> bool:
-    """Whether `first` is `relation` of `second`; with no third object its offset must also be the larger one."""
+    """Whether `first` is `relation` of `second`; with no third object its offset must also be the larger
+    one."""
     dx, dy = second.x - first.x, second.y - first.y
     ahead, aside = (dy, dx) if relation in ("above", "below") else (dx, dy)
     if relation in ("below", "right"):
@@ -66,9 +67,10 @@ def _relation_ok(relation: str, first: Found, second: Found, alone: bool) -> boo
 
 
 def _judge(wanted: Description, seen: tuple[Found, ...]) -> tuple[bool, bool, bool, bool]:
-    """(shapes, colours, sizes, relation) with seen[i] standing for wanted.things[i]; what is missing is wrong."""
+    """(shapes, colours, sizes, relation) with seen[i] standing for wanted.things[i]; what is missing is
+    wrong."""
     things = wanted.things
-    pairs = list(zip(things, seen))
+    pairs = list(zip(things, seen, strict=False))
     complete = len(seen) >= len(things)
     shapes = complete and all(_shape_ok(f, t) for t, f in pairs)
     colours = complete and all(f.colour == t.colour for t, f in pairs)
@@ -90,7 +92,8 @@ def score(image, prompt: str) -> Score:
 
     def merit(order: tuple[Found, ...]) -> tuple[int, ...]:
         matched = sum(
-            2 * _shape_ok(f, t) + 2 * (f.colour == t.colour) + _size_ok(f, t) for t, f in zip(wanted.things, order)
+            2 * _shape_ok(f, t) + 2 * (f.colour == t.colour) + _size_ok(f, t)
+            for t, f in zip(wanted.things, order, strict=False)
         )
         return matched, sum(_judge(wanted, order))
 

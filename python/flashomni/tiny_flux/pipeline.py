@@ -31,11 +31,14 @@ def load(
 ) -> FluxPipeline:
     """The ready pipeline; `weights` names another safetensors file of the same model than the shipped one.
 
-    Use it as any FluxPipeline, with `prompt_embeds` and `pooled_prompt_embeds` from `encode`, height = width = 256.
+    Use it as any FluxPipeline, with `prompt_embeds` and `pooled_prompt_embeds` from `encode`, height = width
+    = 256.
     """
     transformer = FluxTransformer2DModel(**transformer_config())
     if weights is None:
-        with importlib.resources.as_file(importlib.resources.files(__package__) / "weights.safetensors") as path:
+        with importlib.resources.as_file(
+            importlib.resources.files(__package__) / "weights.safetensors"
+        ) as path:
             state = load_file(path)
     else:
         state = load_file(weights)
@@ -70,8 +73,10 @@ def generate(
 ) -> list:
     """One PIL image a prompt, `batch` at a time, from noise that depends on the image's own seed alone.
 
-    The noise is drawn on the CPU, so it is the same for any device. `callback(pipe, step, timestep, tensors)` runs
-    after each step, as diffusers' `callback_on_step_end`; it may return None. `guidance` above 1 turns on true
+    The noise is drawn on the CPU, so it is the same for any device. `callback(pipe, step, timestep,
+    tensors)` runs
+    after each step, as diffusers' `callback_on_step_end`; it may return None. `guidance` above 1 turns on
+    true
     classifier-free guidance, at twice the cost.
     """
     if len(prompts) != len(seeds):

@@ -1,8 +1,8 @@
 """What a prompt asks for: the grammar of the picture language, read back into a description.
 
-    prompt     := thing [relation thing ["and" thing]] ["on" "a" background "background"]
-    thing      := "a" ["small" | "large"] colour kind
-    relation   := "above" | "below" | "left of" | "right of"
+prompt     := thing [relation thing ["and" thing]] ["on" "a" background "background"]
+thing      := "a" ["small" | "large"] colour kind
+relation   := "above" | "below" | "left of" | "right of"
 """
 
 from __future__ import annotations

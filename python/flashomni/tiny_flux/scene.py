@@ -79,8 +79,11 @@ def sample_scenes(n: int, generator: torch.Generator, held_out: bool | None = Fa
     return scenes if held_out is None else scenes[is_held_out(scenes) == held_out]
 
 
-def _place(count: torch.Tensor, relation: torch.Tensor, radius: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Centres [B, 3, 2] that obey the relation, keep MARGIN to the border and do not overlap; u [B, 8] in [0, 1)."""
+def _place(
+    count: torch.Tensor, relation: torch.Tensor, radius: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
+    """Centres [B, 3, 2] that obey the relation, keep MARGIN to the border and do not overlap; u [B, 8] in
+    [0, 1)."""
     # Worked out for "A above B [and C]" as (across, along), then flipped and transposed.
     single = 0.3 + 0.4 * u[:, :2]
     r0, r1 = radius[:, 0], radius[:, 1]
@@ -109,7 +112,8 @@ def _place(count: torch.Tensor, relation: torch.Tensor, radius: torch.Tensor, u:
 
 
 def combination_hash(count: torch.Tensor, kind: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
-    """Hash [B] of the unordered set of (colour, kind) objects in each scene; integers only, so exact anywhere."""
+    """Hash [B] of the unordered set of (colour, kind) objects in each scene; integers only, so exact
+    anywhere."""
     slot = torch.arange(MAX_OBJECTS, device=count.device)
     objects = torch.where(slot < count[:, None], 1 + colour * len(KINDS) + kind, 0).sort(dim=1).values
     h = torch.full_like(count, 0x2545F491)

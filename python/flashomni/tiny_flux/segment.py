@@ -1,4 +1,5 @@
-"""Classical image analysis of a picture: its objects by chroma, their colours and shapes, and its background."""
+"""Classical image analysis of a picture: its objects by chroma, their colours and shapes, and its
+background."""
 
 from __future__ import annotations
 

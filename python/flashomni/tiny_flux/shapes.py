@@ -102,7 +102,8 @@ def digit_variants() -> int:
 
 
 def atlas_index(kind: torch.Tensor, variant: torch.Tensor) -> torch.Tensor:
-    """Atlas entry of each object, from its kind (index into KINDS) and its handwriting (ignored for shapes)."""
+    """Atlas entry of each object, from its kind (index into KINDS) and its handwriting (ignored for
+    shapes)."""
     n = len(SHAPES)
     return torch.where(kind < n, kind, n + (kind - n) * digit_variants() + variant)
 

@@ -1,7 +1,8 @@
 """Words of the picture language and their encoding: a fixed function, nothing is learned here.
 
 A prompt is at most 16 words. Token i is a concatenation of one-hot vectors: the word itself, the word before
-it, the word before that (a window of three, so that "red star" is one thing from the start), and the position.
+it, the word before that (a window of three, so that "red star" is one thing from the start), and the
+position.
 The pooled vector counts the words of the prompt (a bag of words).
 """
 
@@ -53,7 +54,8 @@ def detokenize(ids: list[int]) -> str:
 
 
 def embed_ids(ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes word ids [B, 16] (0 pads) as prompt embeds [B, 16, EMBED_DIM] and pooled embeds [B, POOLED_DIM]."""
+    """Encodes word ids [B, 16] (0 pads) as prompt embeds [B, 16, EMBED_DIM] and pooled embeds [B,
+    POOLED_DIM]."""
     one_hot = torch.nn.functional.one_hot(ids, WORD_SLOTS).to(dtype)
     before = torch.nn.functional.pad(one_hot, (0, 0, 1, 0))[:, :-1]
     before_that = torch.nn.functional.pad(one_hot, (0, 0, 2, 0))[:, :-2]
@@ -67,7 +69,8 @@ def embed_ids(ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[to
 def encode(
     prompts: list[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes prompts for FluxPipeline: (prompt_embeds [B, 16, EMBED_DIM], pooled_prompt_embeds [B, POOLED_DIM]).
+    """Encodes prompts for FluxPipeline: (prompt_embeds [B, 16, EMBED_DIM], pooled_prompt_embeds [B,
+    POOLED_DIM]).
 
     An empty prompt is the unconditional one, the negative prompt of true classifier-free guidance.
     """
