@@ -96,7 +96,7 @@ class Array {
   }
   static Array ints(const std::vector<int32_t>& values) {
     Array result(DType::kInt32, {static_cast<int64_t>(values.size())});
-    std::memcpy(result.bytes_.data(), values.data(), values.size() * 4);
+    if (!values.empty()) std::memcpy(result.bytes_.data(), values.data(), values.size() * 4);
     return result;
   }
 
