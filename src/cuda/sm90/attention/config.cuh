@@ -1,0 +1,106 @@
+// Every size of the block-sparse attention kernel: tile, threads, registers, shared memory, barriers.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "src/cuda/sm90/attention/problem.cuh"
+#include "src/cuda/sm90/ring.cuh"
+
+namespace flashomni::cuda::sm90 {
+
+struct AttentionParameters {
+  CUtensorMap q, k, v, out;
+  CUtensorMap k_mean, v_mean;  // of the summaries
+  Problem problem;
+  const Item* items;
+  Control* control;
+  unsigned char* out_data;  // for rows that no tensor map clips: the tail of a ragged sequence
+  float* lse;      // base 2; may be null
+  int64_t out_token_stride, out_head_stride;                    // elements
+  int64_t lse_batch_stride, lse_token_stride, lse_head_stride;  // elements
+  int head_dim;    // as stored; the kernel's own is padded
+  int kv_group;    // query heads a key/value head
+  float scale_log2;
+};
+
+inline constexpr int kNoMoreTiles = -1;
+inline constexpr int kEverythingSeen = 1 << 30;
+
+/// Keys a step: 64 where the accumulators or the shared memory leave no room for 128. A box of K or V has as
+/// many rows, or block_kv if that is less.
+constexpr int step_keys(int head_dim, int block_q) {
+  return head_dim == 256 || block_q == 64 ? 64 : 128;
+}
+
+/// What the manager tells the other warps of a tile.
+struct Tile {
+  int steps;      // kNoMoreTiles ends the loop
+  int masked;     // of them, the last ones: those that come with a mask
+  int summaries;  // of these, the last ones: those that walk block means
+  int pieces;     // that the other steps read, one or two a step
+  int q_block, head, batch;
+  int q_row, rows;  // first row in the tensors, valid rows
+  int kv_row;       // of the sequence's first key
+};
+
+/// Added to the scores of a step: 0, -inf where there is no key, a summary's weight; and the causal limit.
+template <int kColumns>
+struct ColumnMask {
+  float bias[kColumns];
+  int limit[2];  // of each 64-column half: row r of the tile sees its columns <= r + limit
+};
+
+template <class Element_, int kHeadDim_, int kConsumers_>
+struct AttentionConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kPanels = (kHeadDim + 63) / 64;
+  static constexpr int kConsumers = kConsumers_, kConsumerRows = 64, kConsumerWarps = 4 * kConsumers;
+  static constexpr int kBlockQ = kConsumerRows * kConsumers;
+  // One consumer: a tile of 64 rows; two CTAs an SM take the place of the second consumer where they fit.
+  static constexpr int kCtas = kConsumers == 1 && kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kStep = step_keys(kHeadDim, kBlockQ);
+  static constexpr int kRingSlots = 5;
+  static constexpr int kQuerySlots = kHeadDim == 256 && kConsumers == 2 ? 1 : 2;
+  static constexpr int kMaskSlots = 2;
+  static constexpr int kTileSlots = 3;
+  // Two producer warps: the manager (schedules and stores) and the loader. Beside two consumers they give
+  // registers away, which takes a whole warpgroup: two more warps, which leave at once.
+  static constexpr bool kMovesRegisters = kConsumers == 2;
+  static constexpr int kThreads = 128 * kConsumers + (kMovesRegisters ? 128 : 64);
+  static constexpr int kStoreThreads = 128 * kConsumers + 32;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+  // Shared-memory plan.
+  struct alignas(1024) Shared {
+    Element query[kQuerySlots][kConsumers][kConsumerRows * kPanels * 64];  // the output is staged in it, too
+    Element ring[kRingSlots][kStep * kPanels * 64];                        // K0 K1 V0 K2 V1 ...
+    ColumnMask<kStep> mask[kMaskSlots];
+    Tile tile[kTileSlots];
+    // barrier | full: arrivals, by  | empty: arrivals, by                       | guards
+    // tiles   | 32, manager lanes   | 1 + consumer warps: loader, the epilogues | tile
+    // queries | 1 + bytes, loader   | 1, manager, once the output has left      | query
+    // blocks  | 1 + bytes, loader   | consumer warps                            | ring
+    // masks   | 32, loader lanes    | consumer warps                            | mask
+    // landing | 1 + bytes, loader   | -: only the loader waits                  | a V to be cleaned
+    RingBarriers<kTileSlots> tiles;
+    RingBarriers<kQuerySlots> queries;
+    RingBarriers<kRingSlots> blocks;
+    RingBarriers<kMaskSlots> masks;
+    uint64_t landing;
+  };
+  static constexpr int kSharedBytes = sizeof(Shared);
+  static constexpr uint32_t kQueryBytes = kBlockQ * kPanels * 128, kStepBytes = kStep * kPanels * 128;
+  static_assert(kSharedBytes <= (kCtas == 2 ? 113 : 227) * 1024);
+};
+
+// Named barriers (0 is __syncthreads). A warp that waits at one is not polling, unlike at an mbarrier.
+enum NamedBarrier : int {
+  kTurnOfConsumer0 = 1,  // the other consumer's 128 threads arrive, consumer 0's wait: its turn
+  kTurnOfConsumer1 = 2,
+  kOutputStaged0 = 3,  // the consumers arrive, the manager waits: the output lies in query slot 0
+  kOutputStaged1 = 4,
+};
+
+}  // namespace flashomni::cuda::sm90

@@ -1,0 +1,317 @@
+// A consumer warpgroup: 64 query rows, S = Q K^T, softmax, O += P V. The scores of step n are issued before
+// the product P V of step n - 1, and the softmax of n runs under that product; this holds across tiles too, so
+// that a tile's epilogue costs only its own arithmetic. Consumers know nothing of sparsity: a tile is a number
+// of steps, of which the first few come with a mask.
+#pragma once
+
+#include "src/cuda/ptx/wgmma.cuh"
+#include "src/cuda/sm90/attention/config.cuh"
+#include "src/cuda/sm90/attention/softmax.cuh"
+
+namespace flashomni::cuda::sm90 {
+
+template <class Config>
+struct Consumer {
+  using Element = typename Config::Element;
+  using Shared = typename Config::Shared;
+  static constexpr int kHeadDim = Config::kHeadDim, kStep = Config::kStep;
+  static constexpr int kQueryChunks = kHeadDim / 16, kKeyChunks = kStep / 16;  // of 16, what one wgmma reduces
+  static constexpr uint32_t kQueryPanel = Config::kConsumerRows * 128, kKvPanel = kStep * 128;
+  static constexpr bool kTakesTurns = Config::kConsumers == 2;
+  static constexpr bool kOverlapsTiles = Config::kQuerySlots == 2;
+
+  Shared& shared;
+  const AttentionParameters& p;
+  const int id, warp, lane;
+
+  RingCursor<Config::kTileSlots> tiles;
+  RingCursor<Config::kQuerySlots> queries;
+  RingCursor<Config::kRingSlots> blocks;  // in the order K0 K1 V0 K2 V1 ...: every product takes the next one
+  RingCursor<Config::kMaskSlots> masks;
+
+  float scores[kStep / 2], output[kHeadDim / 2];
+  using Fragments = uint32_t[kKeyChunks][4];
+  Fragments even, odd;  // probabilities of this step and of the one before, whose product may still read them
+  LazySoftmax<Element> softmax;
+
+  __device__ Consumer(Shared& shared, const AttentionParameters& p, int id)
+      : shared(shared), p(p), id(id), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {
+    if (id == 1) pass_turn();
+  }
+
+  // ---- turns at the tensor cores ----
+  __device__ void wait_turn() {
+    if constexpr (kTakesTurns) ptx_ops::named_barrier_sync(kTurnOfConsumer0 + id, 256);
+  }
+  __device__ void pass_turn() {
+    if constexpr (kTakesTurns) ptx_ops::named_barrier_arrive(kTurnOfConsumer0 + (id ^ 1), 256);
+  }
+
+  // ---- tiles ----
+  struct Work {
+    int steps, masked, slot;
+  };
+  __device__ Work next_work() {
+    tiles.wait_full(shared.tiles);
+    const auto& tile = shared.tile[tiles.slot];
+    const Work work{tile.steps, tile.masked, tiles.slot};
+    tiles.advance();
+    return work;
+  }
+  __device__ int tile_row() const { return id * Config::kConsumerRows + 16 * warp + lane / 4; }
+
+  // Address of this lane's 16-byte row in the 16x16 matrix at (16 warp, 16 chunk) of a query or output buffer.
+  __device__ uint32_t matrix_address(int slot, int chunk) const {
+    const int row = 16 * warp + lane % 16, column = 2 * chunk + lane / 16;
+    return ptx_ops::shared_address(shared.query[slot][id]) + column / 8 * kQueryPanel + row * 128 +
+           ((column % 8) ^ (row % 8)) * 16;
+  }
+
+  // ---- products: each takes the next block of the ring and returns its slot, to be released when done ----
+  __device__ int issue_scores() {
+    blocks.wait_full(shared.blocks);
+    const uint32_t q =
+        ptx_ops::descriptor_reduction_major(ptx_ops::shared_address(shared.query[queries.slot][id]));
+    const uint32_t k =
+        ptx_ops::descriptor_reduction_major(ptx_ops::shared_address(shared.ring[blocks.slot]));
+    wait_turn();
+    ptx_ops::wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < kQueryChunks; ++c)
+      ptx_ops::Wgmma<Element, kStep, ptx_ops::Major::kReduction>::ss(
+          scores, ptx_ops::descriptor(q + ((c / 4 * kQueryPanel + c % 4 * 32) >> 4)),
+          ptx_ops::descriptor(k + ((c / 4 * kKvPanel + c % 4 * 32) >> 4)), c > 0);
+    ptx_ops::wgmma_commit();
+    return next_slot();
+  }
+
+  __device__ int issue_output(const Fragments& probabilities, bool accumulate) {
+    blocks.wait_full(shared.blocks);
+    const uint32_t v =
+        ptx_ops::descriptor_mn_major(ptx_ops::shared_address(shared.ring[blocks.slot]), kKvPanel);
+    ptx_ops::wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < kKeyChunks; ++c)
+      ptx_ops::Wgmma<Element, kHeadDim, ptx_ops::Major::kMN>::rs(
+          output, probabilities[c], ptx_ops::descriptor(v + (c * 16 * 128 >> 4)), c > 0 || accumulate);
+    ptx_ops::wgmma_commit();
+    return next_slot();
+  }
+
+  __device__ int next_slot() {
+    const int slot = blocks.slot;
+    blocks.advance();
+    return slot;
+  }
+  __device__ void release(int slot) {
+    if (lane == 0) ptx_ops::arrive(shared.blocks.empty[slot]);
+  }
+  template <int kPending>
+  __device__ void scores_ready(int slot) {
+    ptx_ops::wgmma_wait<kPending>();
+    ptx_ops::pin(scores);
+    release(slot);
+  }
+  __device__ void output_ready(int slot) {
+    ptx_ops::wgmma_wait<0>();
+    ptx_ops::pin(output);
+    release(slot);
+  }
+
+  // ---- epilogue ----
+  __device__ void write_lse(const Work& work, const LazySoftmax<Element>& of) {
+    if (p.lse == nullptr || lane % 4 != 0) return;
+    const auto& tile = shared.tile[work.slot];
+    float* lse = p.lse + tile.batch * p.lse_batch_stride + tile.head * p.lse_head_stride;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = tile_row() + 8 * r;
+      if (row < tile.rows)
+        lse[(tile.q_row + row) * p.lse_token_stride] =
+            work.steps == 0 || of.row_sum[r] == 0 ? -INFINITY : of.shift[r] + log2f(of.row_sum[r]);
+    }
+  }
+
+  // The output goes to the query buffer of its tile, which only this warpgroup reads and no longer needs. The
+  // accumulators are left as they are: scaled in place while a product is in flight, they would make ptxas
+  // serialise it (C7513).
+  __device__ void finish(const Work& work, int slot, LazySoftmax<Element>& of) {
+    of.finish();
+    write_lse(work, of);
+    const float inverse[2] = {of.row_sum[0] == 0 ? 0 : 1 / of.row_sum[0],
+                              of.row_sum[1] == 0 ? 0 : 1 / of.row_sum[1]};
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        packed[i] = ptx_ops::pack<Element>(output[8 * k + 2 * i] * inverse[i % 2],
+                                           output[8 * k + 2 * i + 1] * inverse[i % 2]);
+      ptx_ops::stmatrix_x4(matrix_address(slot, k), packed[0], packed[1], packed[2], packed[3]);
+    }
+    output_staged(work, slot);
+  }
+  __device__ void finish_empty(const Work& work, int slot) {
+    queries.wait_full(shared.queries);
+    write_lse(work, softmax);
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) ptx_ops::stmatrix_x4(matrix_address(slot, k), 0, 0, 0, 0);
+    output_staged(work, slot);
+  }
+  __device__ void output_staged(const Work& work, int slot) {
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+    ptx_ops::named_barrier_arrive(kOutputStaged0 + slot, Config::kStoreThreads);
+    if (lane == 0) ptx_ops::arrive(shared.tiles.empty[work.slot]);
+  }
+
+  // ---- softmax ----
+  __device__ void apply_mask() {
+    masks.wait_full(shared.masks);
+    const auto& mask = shared.mask[masks.slot];
+    const int limit[2] = {mask.limit[0] + tile_row(), mask.limit[1] + tile_row()};
+#pragma unroll
+    for (int i = 0; i < kStep / 2; ++i) {
+      const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+      scores[i] += mask.bias[column];
+      if (column % 64 > limit[8 * (i / 4) / 64] + 8 * (i % 4 / 2)) scores[i] = -INFINITY;
+    }
+    __syncwarp();
+    if (lane == 0) ptx_ops::arrive(shared.masks.empty[masks.slot]);
+    masks.advance();
+  }
+
+  template <bool kMaybeMasked>
+  __device__ void first_softmax(bool masked, Fragments& probabilities) {
+    if (kMaybeMasked && masked) apply_mask();
+    softmax.start(scores, p.scale_log2);
+    softmax.template exponentiate<kMaybeMasked>(scores, p.scale_log2, probabilities);
+    softmax.complete_here();
+    softmax.accept();
+  }
+
+  // ---- the loop ----
+  // Step n: its scores, its probabilities into `next`, and the product of step n - 1, whose probabilities are
+  // `last`. `under_scores` runs while the scores are computed. A mask only lowers the step's sum, so a row that
+  // has seen a key before needs no other care.
+  template <bool kMasked, class Function>
+  __device__ void step(const Fragments& last, Fragments& next, bool accumulate, Function under_scores) {
+    const int k_slot = issue_scores();
+    under_scores();
+    const int v_slot = issue_output(last, accumulate);
+    pass_turn();
+    scores_ready<1>(k_slot);
+    if constexpr (kMasked) apply_mask();
+    softmax.template exponentiate<false>(scores, p.scale_log2, next);
+    // This branch also keeps ptxas from hoisting the wait below above the exponentials.
+    if (softmax.outgrown()) [[unlikely]] {
+      ptx_ops::wgmma_wait<0>();
+      ptx_ops::pin(output);
+      float factor[2];
+      softmax.raise(scores, p.scale_log2, factor);
+      scale_rows(output, factor);
+      softmax.template exponentiate<false>(scores, p.scale_log2, next);
+    }
+    softmax.accept();
+    ptx_ops::pin(next);
+    output_ready(v_slot);
+  }
+  template <bool kMasked>
+  __device__ void step(const Fragments& last, Fragments& next, bool accumulate) {
+    step<kMasked>(last, next, accumulate, [] {});
+  }
+
+  // A step of a tile that has no whole block: rows may have seen nothing so far, so the maximum is always
+  // taken. Nothing overlaps.
+  __device__ void careful_step(Fragments& probabilities, bool accumulate) {
+    const int k_slot = issue_scores(), v_slot = issue_output(probabilities, accumulate);
+    pass_turn();
+    ptx_ops::wgmma_wait<0>();
+    ptx_ops::pin(scores);
+    ptx_ops::pin(output);
+    release(k_slot);
+    release(v_slot);
+    apply_mask();
+    float factor[2];
+    softmax.raise(scores, p.scale_log2, factor);
+    scale_rows(output, factor);
+    softmax.template exponentiate<true>(scores, p.scale_log2, probabilities);
+    softmax.accept();
+    ptx_ops::pin(probabilities);
+  }
+
+  // The steps from n on of a tile whose probabilities so far lie in `even`, where they lie afterwards.
+  __device__ void remaining_steps(const Work& work, int n) {
+    if (work.masked == work.steps) {
+      for (; n < work.steps; ++n) careful_step(even, n > 1);
+      return;
+    }
+    const int whole = work.steps - work.masked;
+    for (; n + 1 < whole; n += 2) {
+      step<false>(even, odd, n > 1);
+      step<false>(odd, even, true);
+    }
+    if (n < whole) {
+      step<false>(even, odd, n > 1);
+      ptx_ops::move_registers(even, odd);
+      ++n;
+    }
+    for (; n < work.steps; ++n) {
+      step<true>(even, odd, n > 1);
+      ptx_ops::move_registers(even, odd);
+    }
+  }
+
+  __device__ void run() {
+    Work work = next_work();
+    while (work.steps != kNoMoreTiles) {
+      if (work.steps == 0) {
+        finish_empty(work, queries.slot);
+        queries.advance();
+        work = next_work();
+        continue;
+      }
+      queries.wait_full(shared.queries);
+      const int k_slot = issue_scores();
+      pass_turn();
+      scores_ready<0>(k_slot);
+      first_softmax<true>(work.masked == work.steps, even);
+
+      for (int n = 1;;) {
+        remaining_steps(work, n);
+        const Work next = next_work();
+        const int slot = queries.slot;
+        queries.advance();
+        if (!kOverlapsTiles || next.steps - max(next.masked, 0) <= 0) {
+          wait_turn();
+          const int v_slot = issue_output(even, work.steps > 1);
+          pass_turn();
+          output_ready(v_slot);
+          finish(work, slot, softmax);
+          work = next;
+          break;
+        }
+        // The next tile's first step runs with this tile's last product, and this tile's epilogue under the
+        // scores of the next tile's second step.
+        queries.wait_full(shared.queries);
+        const int k_slot = issue_scores(), v_slot = issue_output(even, work.steps > 1);
+        pass_turn();
+        scores_ready<1>(k_slot);
+        LazySoftmax<Element> finished = softmax;
+        first_softmax<false>(false, odd);
+        output_ready(v_slot);
+        if (next.steps - next.masked == 1) {
+          finish(work, slot, finished);
+          ptx_ops::move_registers(even, odd);
+          n = 1;
+        } else {
+          step<false>(odd, even, false, [&] { finish(work, slot, finished); });
+          n = 2;
+        }
+        work = next;
+      }
+    }
+    if (id == 0) wait_turn();  // takes the other warpgroup's last pass
+  }
+};
+
+}  // namespace flashomni::cuda::sm90

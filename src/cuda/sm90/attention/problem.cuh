@@ -1,0 +1,107 @@
+// What symbols and lengths ask of the attention kernel, read on the device: by the plan, which orders the
+// tiles, and by the scheduler, which turns a tile's bits into steps.
+#pragma once
+
+#include <cstdint>
+
+namespace flashomni::cuda::sm90 {
+
+inline constexpr int kBitsAWord = 32;
+
+/// Packed bits of all batch elements (see flashomni/symbols.h); a null pointer reads as all ones.
+struct Bits {
+  const uint8_t* bytes;
+  const int32_t* indptr;  // byte offsets, or null: element b starts at b * stride
+  int64_t stride, size;   // bytes
+
+  /// Bits [bit, bit + 32) of element b. Bytes past the buffer read as 0.
+  __device__ uint32_t word(int b, int64_t bit) const {
+    if (bytes == nullptr) return ~0u;
+    const uint8_t* at = bytes + (indptr != nullptr ? indptr[b] : b * stride) + (bit >> 3);
+    const uint8_t* aligned = at - (reinterpret_cast<uintptr_t>(at) & 3);
+    const uint8_t* end = bytes + size;
+    const int shift = static_cast<int>(at - aligned) * 8 + static_cast<int>(bit & 7);
+    if (aligned >= bytes && aligned + 8 <= end) {
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(aligned);
+      return __funnelshift_r(words[0], words[1], shift);
+    }
+    uint64_t value = 0;
+    for (int i = 0; i < 8; ++i)
+      if (aligned + i >= bytes && aligned + i < end) value |= uint64_t(aligned[i]) << (8 * i);
+    return static_cast<uint32_t>(value >> shift);
+  }
+};
+
+/// Ones in bits [0, count) of a word; count may be anything.
+__device__ inline uint32_t low_bits(int count) {
+  return count <= 0 ? 0 : count >= kBitsAWord ? ~0u : (1u << count) - 1;
+}
+
+/// One batch element: where its tokens lie and how many there are.
+struct Sequence {
+  int q_row, q_tokens, kv_row, kv_tokens;
+};
+
+struct Problem {
+  Bits cache, skip;
+  const int32_t *q_indptr, *kv_indptr;  // null: a batch of equal sequences
+  const int32_t* block_len;             // [kv_blocks] or null
+  const uint32_t* partial;  // with block_len: a bit a block that holds fewer tokens than slots (the plan's)
+  int batch, heads, q_tokens, kv_tokens;  // tokens of a sequence, or of the whole ragged batch
+  int block_q, block_kv;
+  bool causal, summaries;
+
+  __device__ Sequence sequence(int b) const {
+    if (q_indptr == nullptr) return {0, q_tokens, 0, kv_tokens};
+    const auto range = [b](const int32_t* indptr, int tokens, int& row, int& length) {
+      row = min(max(indptr[b], 0), tokens);
+      length = min(max(indptr[b + 1], row), tokens) - row;
+    };
+    Sequence s;
+    range(q_indptr, q_tokens, s.q_row, s.q_tokens);
+    range(kv_indptr, kv_tokens, s.kv_row, s.kv_tokens);
+    return s;
+  }
+};
+
+/// The KV blocks of one tile (a query block of a head) as words of bits.
+struct TileBlocks {
+  int batch, kv_blocks, visible, whole;  // blocks that exist, that causal lets be seen, that all rows see whole
+  int kv_tokens, diagonal;  // last key position that the tile's first row sees, if causal
+  int64_t first_bit;
+
+  __device__ TileBlocks(const Problem& p, const Sequence& s, int b, int head, int q_block)
+      : batch(b), kv_tokens(s.kv_tokens) {
+    kv_blocks = (s.kv_tokens + p.block_kv - 1) / p.block_kv;
+    first_bit = (int64_t(q_block) * p.heads + head) * kv_blocks;
+    const int first_row = q_block * p.block_q, last_row = min(first_row + p.block_q, s.q_tokens) - 1;
+    diagonal = first_row + s.kv_tokens - s.q_tokens;
+    visible = kv_blocks, whole = s.kv_tokens / p.block_kv;
+    if (p.causal) {
+      const int last_seen = last_row + s.kv_tokens - s.q_tokens;
+      visible = (max(last_seen + 1, 0) + p.block_kv - 1) / p.block_kv;
+      whole = min(whole, max(diagonal + 1, 0) / p.block_kv);
+    }
+  }
+  __device__ int words() const { return (kv_blocks + kBitsAWord - 1) / kBitsAWord; }
+  /// The selected blocks among [32 w, 32 w + 32).
+  __device__ uint32_t selected(const Problem& p, int w) const {
+    return p.skip.word(batch, first_bit + kBitsAWord * w) & low_bits(visible - kBitsAWord * w);
+  }
+  /// Those that need a mask.
+  __device__ uint32_t partial(const Problem& p, int w) const {
+    return ~low_bits(whole - kBitsAWord * w) | (p.block_len != nullptr ? p.partial[w] : 0u);
+  }
+};
+
+/// A tile to compute.
+struct Item {
+  int q_block, batch_head;  // batch * heads + head
+};
+
+/// What the plan leaves for the attention kernel.
+struct Control {
+  int items, next;  // tiles in the list; the next one to claim beyond the first wave
+};
+
+}  // namespace flashomni::cuda::sm90

@@ -1,0 +1,355 @@
+// The producer warps: the manager schedules tiles and stores their outputs, the loader feeds the ring. Only
+// these know of sparsity.
+#pragma once
+
+#include "src/cuda/ptx/control.cuh"
+#include "src/cuda/ptx/tma.cuh"
+#include "src/cuda/sm90/attention/config.cuh"
+
+namespace flashomni::cuda::sm90 {
+
+/// Claims tiles ahead of the other warps, reads their bits and publishes both; sends finished outputs off.
+template <class Config>
+struct Manager {
+  using Shared = typename Config::Shared;
+
+  Shared& shared;
+  const AttentionParameters& p;
+  const int lane = threadIdx.x % 32;
+  const bool leader = ptx_ops::elect_one(), ragged = p.problem.q_indptr != nullptr;
+  RingCursor<Config::kTileSlots> published, stored;
+  RingCursor<Config::kQuerySlots> queries;
+  int claimed = blockIdx.x;  // the next tile to publish
+
+  __device__ Manager(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
+
+  __device__ void run() {
+    const int items = p.control->items;
+    int waiting = 0;  // tiles published and not yet stored
+    for (bool more = true; more || waiting > 0;) {
+      while (more && waiting < Config::kTileSlots) {
+        more = claimed < items;
+        publish(more);
+        waiting += more;
+        if (!more) break;
+      }
+      if (waiting > 0) store(), --waiting;
+    }
+    if (leader) ::cuda::ptx::cp_async_bulk_wait_group(::cuda::ptx::n32_t<0>{});
+  }
+
+  __device__ void publish(bool more) {
+    published.wait_empty_relaxed(shared.tiles);
+    auto& tile = shared.tile[published.slot];
+    if (more) {
+      describe(tile, p.items[claimed]);
+    } else {
+      tile.steps = kNoMoreTiles, tile.masked = 0;
+    }
+    ptx_ops::arrive(shared.tiles.full[published.slot]);
+    published.advance();
+    if (!more) return;
+    if (lane == 0) claimed = gridDim.x + atomicAdd(&p.control->next, 1);
+    claimed = __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
+  }
+
+  __device__ void describe(Tile& tile, Item item) {
+    const int batch = item.batch_head / p.problem.heads, head = item.batch_head % p.problem.heads;
+    const Sequence sequence = p.problem.sequence(batch);
+    const TileBlocks blocks(p.problem, sequence, batch, head, item.q_block);
+    int masked = 0, whole = 0, skipped = 0;
+    for (int w = lane; w < blocks.words(); w += 32) {
+      const uint32_t selected = blocks.selected(p.problem, w), partial = blocks.partial(p.problem, w);
+      masked += __popc(selected & partial);
+      whole += __popc(selected & ~partial);
+      skipped += __popc(~selected & low_bits(blocks.kv_blocks - kBitsAWord * w));
+    }
+    masked = __reduce_add_sync(ptx_ops::kWholeWarp, masked);
+    whole = __reduce_add_sync(ptx_ops::kWholeWarp, whole);
+    skipped = __reduce_add_sync(ptx_ops::kWholeWarp, skipped);
+    if (lane != 0) return;
+    // A piece is what one block gives one step: steps of 128 keys take two blocks of 64, steps of 64 half a
+    // block of 128.
+    const int keys = p.problem.block_kv;
+    const int pieces_a_block = keys > Config::kStep ? keys / Config::kStep : 1;
+    const int pieces_a_step = keys < Config::kStep ? Config::kStep / keys : 1;
+    masked *= pieces_a_block, whole *= pieces_a_block;
+    const int summaries =
+        p.problem.summaries && skipped > 0 ? (blocks.kv_blocks + Config::kStep - 1) / Config::kStep : 0;
+    tile.steps = (masked + whole + pieces_a_step - 1) / pieces_a_step + summaries;
+    tile.masked = tile.steps - whole / pieces_a_step;
+    tile.summaries = summaries, tile.pieces = masked + whole;
+    tile.q_block = item.q_block, tile.head = head, tile.batch = batch;
+    tile.rows = min(sequence.q_tokens - item.q_block * Config::kBlockQ, Config::kBlockQ);
+    tile.q_row = sequence.q_row + item.q_block * Config::kBlockQ, tile.kv_row = sequence.kv_row;
+  }
+
+  /// Sends the oldest unstored tile's output off, and gives its query buffer back.
+  __device__ void store() {
+    const auto& tile = shared.tile[stored.slot];
+    const int row = tile.q_row, rows = tile.rows, head = tile.head, batch = ragged ? 0 : tile.batch;
+    ptx_ops::named_barrier_sync(kOutputStaged0 + queries.slot, Config::kStoreThreads);
+    if (ragged && rows < Config::kBlockQ) {
+      store_rows(row, rows, head);
+    } else if (leader) {
+      for (int i = 0; i < Config::kConsumers; ++i)
+#pragma unroll
+        for (int panel = 0; panel < Config::kPanels; ++panel)
+          ptx_ops::tma_store(
+              &p.out,
+              ptx_ops::shared_address(shared.query[queries.slot][i]) + panel * Config::kConsumerRows * 128,
+              {64 * panel, row + i * Config::kConsumerRows, head, batch});
+      ::cuda::ptx::cp_async_bulk_commit_group();
+      ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{});
+    }
+    __syncwarp();
+    if (leader) ptx_ops::arrive(shared.queries.empty[queries.slot]);
+    queries.advance();
+    stored.advance();
+  }
+
+  /// Row by row: what follows them in `out` is the next sequence's.
+  __device__ void store_rows(int first_row, int rows, int head) {
+    using Chunk = uint4;  // 8 columns
+    for (int row = 0; row < rows; ++row) {
+      if (8 * lane >= p.head_dim) continue;
+      const auto* buffer = reinterpret_cast<const Chunk*>(shared.query[queries.slot][row / Config::kConsumerRows]);
+      const int r = row % Config::kConsumerRows;
+      const Chunk chunk = buffer[(lane / 8 * Config::kConsumerRows + r) * 8 + ((lane % 8) ^ (r % 8))];
+      const int64_t at = (first_row + row) * p.out_token_stride + head * p.out_head_stride + 8 * lane;
+      *reinterpret_cast<Chunk*>(p.out_data + at * 2) = chunk;
+    }
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);  // the copy engine writes the buffer next
+  }
+};
+
+/// Yields the pieces of a tile: of whole blocks first, then of those that need a mask; each from the last to
+/// the first. Lane i of the warp holds word i of a chunk of the tile's bits; the manager has just read them.
+template <class Config>
+struct Pieces {
+  static constexpr int kChunk = 32;  // words
+  const Problem& problem;
+  const TileBlocks& blocks;
+  bool partial = false;
+  int chunk, half = 0, block = 0;
+  uint32_t words = 0, word = 0, waiting = 0;  // this lane's word; the current word; a bit a word still to come
+  int base = 0;                               // first block of the current word
+
+  __device__ Pieces(const Problem& problem, const TileBlocks& blocks)
+      : problem(problem), blocks(blocks), chunk((blocks.words() + kChunk - 1) / kChunk) {}
+
+  /// The position of the next piece in its sequence. There must be one.
+  __device__ int next() {
+    if (half > 0) return block * problem.block_kv + --half * Config::kStep;
+    while (word == 0) {
+      while (waiting == 0) fetch();
+      const int source = 31 - __clz(waiting);
+      waiting ^= 1u << source;
+      word = __shfl_sync(ptx_ops::kWholeWarp, words, source);
+      base = (chunk * kChunk + source) * kBitsAWord;
+    }
+    const int bit = 31 - __clz(word);
+    word ^= 1u << bit;
+    block = base + bit;
+    if (problem.block_kv > Config::kStep) half = problem.block_kv / Config::kStep - 1;
+    return block * problem.block_kv + half * Config::kStep;
+  }
+
+ private:
+  __device__ void fetch() {
+    if (chunk == 0) partial = true, chunk = (blocks.words() + kChunk - 1) / kChunk;
+    --chunk;
+    const int w = chunk * kChunk + threadIdx.x % 32;
+    words = 0;
+    if (w < blocks.words()) {
+      const uint32_t mask = blocks.partial(problem, w);
+      words = blocks.selected(problem, w) & (partial ? mask : ~mask);
+    }
+    waiting = __ballot_sync(ptx_ops::kWholeWarp, words != 0);
+  }
+};
+
+/// Walks a tile's blocks and keeps the ring full.
+template <class Config>
+struct Loader {
+  using Shared = typename Config::Shared;
+  static constexpr int kStep = Config::kStep, kPanels = Config::kPanels;
+
+  Shared& shared;
+  const AttentionParameters& p;
+  const int lane = threadIdx.x % 32;
+  const bool leader = ptx_ops::elect_one();
+  RingCursor<Config::kTileSlots> tiles;
+  RingCursor<Config::kQuerySlots> queries;
+  RingCursor<Config::kRingSlots> blocks;
+  RingCursor<Config::kMaskSlots> masks;
+  uint32_t landing_phase = 0;
+
+  /// What one step reads: one or two runs of keys.
+  struct Step {
+    int row[2], valid[2];  // first token of each run, and how many of its slots hold keys
+    int head, batch;
+    bool summary, dirty;  // dirty: V's slots without keys may hold what is not ours, and are zeroed
+  };
+  Step pending;  // its V is still to be loaded
+  bool has_pending = false;
+
+  __device__ Loader(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
+
+  __device__ int run_rows() const { return min(p.problem.block_kv, kStep); }
+  __device__ bool two_runs() const { return p.problem.block_kv < kStep; }
+
+  __device__ void copy(const CUtensorMap& map, const Step& step, uint64_t& barrier) {
+    const uint32_t to = ptx_ops::shared_address(shared.ring[blocks.slot]);
+    ptx_ops::arrive_expect_bytes(barrier, Config::kStepBytes);
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      ptx_ops::tma_load(to + panel * kStep * 128, &map, barrier, {64 * panel, step.row[0], step.head, step.batch},
+                        ptx_ops::kEvictLast);
+      if (two_runs())
+        ptx_ops::tma_load(to + (panel * kStep + kStep / 2) * 128, &map, barrier,
+                          {64 * panel, step.row[1], step.head, step.batch}, ptx_ops::kEvictLast);
+    }
+  }
+
+  __device__ void load_k(const Step& step) {
+    blocks.wait_empty(shared.blocks);
+    if (leader) copy(step.summary ? p.k_mean : p.k, step, shared.blocks.full[blocks.slot]);
+    blocks.advance();
+  }
+
+  // V follows the K of the next step, of the next tile too: the order in which the consumers need them.
+  __device__ void load_pending_v() {
+    if (!has_pending) return;
+    has_pending = false;
+    blocks.wait_empty(shared.blocks);
+    uint64_t& full = shared.blocks.full[blocks.slot];
+    if (leader) copy(pending.summary ? p.v_mean : p.v, pending, pending.dirty ? shared.landing : full);
+    if (pending.dirty) {
+      // A probability of 0 does not silence a NaN: V is handed on when its slots without keys are zero.
+      ptx_ops::wait_parity(shared.landing, landing_phase);
+      landing_phase ^= 1;
+      zero_rows(pending.valid[0], run_rows());
+      if (two_runs()) zero_rows(kStep / 2 + pending.valid[1], kStep);
+      ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+      __syncwarp();
+      if (leader) ptx_ops::arrive(full);
+    }
+    blocks.advance();
+  }
+  __device__ void zero_rows(int first, int last) {
+    uint32_t* words = reinterpret_cast<uint32_t*>(shared.ring[blocks.slot]);
+    for (int panel = 0; panel < kPanels; ++panel)
+      for (int row = first; row < last; ++row) words[(panel * kStep + row) * 32 + lane] = 0;
+  }
+
+  __device__ void load_query(const Tile& tile, int batch) {
+    queries.wait_empty(shared.queries);
+    if (!leader) return;
+    uint64_t& full = shared.queries.full[queries.slot];
+    ptx_ops::arrive_expect_bytes(full, Config::kQueryBytes);
+    for (int i = 0; i < Config::kConsumers; ++i)
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel)
+        ptx_ops::tma_load(
+            ptx_ops::shared_address(shared.query[queries.slot][i]) + panel * Config::kConsumerRows * 128, &p.q, full,
+            {64 * panel, tile.q_row + i * Config::kConsumerRows, tile.head, batch}, ptx_ops::kEvictFirst);
+  }
+
+  /// Publishes a mask: bias(column) for every column, and the causal limits of both halves.
+  template <class Bias>
+  __device__ void publish_mask(Bias bias, int limit0, int limit1) {
+    masks.wait_empty(shared.masks);
+    auto& mask = shared.mask[masks.slot];
+#pragma unroll
+    for (int column = lane; column < kStep; column += 32) mask.bias[column] = bias(column);
+    if (lane == 0) mask.limit[0] = limit0, mask.limit[1] = limit1;
+    ptx_ops::arrive(shared.masks.full[masks.slot]);
+    masks.advance();
+  }
+
+  __device__ int block_length(const TileBlocks& of, int block) const {
+    const int slots = min(of.kv_tokens - block * p.problem.block_kv, p.problem.block_kv);
+    return p.problem.block_len != nullptr ? min(max(p.problem.block_len[block], 0), slots) : slots;
+  }
+  /// Keys in the piece at `position`.
+  __device__ int piece_length(const TileBlocks& of, int position) const {
+    const int block = position / p.problem.block_kv, within = position % p.problem.block_kv;
+    return min(max(block_length(of, block) - within, 0), run_rows());
+  }
+
+  __device__ void mask_summaries(const TileBlocks& of, int first_block) {
+    const auto bias = [&](int column) {
+      const int block = first_block + column;
+      if (block >= of.kv_blocks || (of.selected(p.problem, block / kBitsAWord) >> block % kBitsAWord & 1))
+        return -INFINITY;
+      const int length = block_length(of, block);
+      return length > 0 ? log2f(length) / p.scale_log2 : -INFINITY;
+    };
+    publish_mask(bias, kEverythingSeen, kEverythingSeen);
+  }
+
+  __device__ void mask_blocks(const TileBlocks& of, const Step& step, int position0, int position1) {
+    const auto bias = [&](int column) {
+      const bool second = two_runs() && column >= kStep / 2;
+      return column - (second ? kStep / 2 : 0) < (second ? step.valid[1] : step.valid[0]) ? 0.0f : -INFINITY;
+    };
+    const int limit0 = p.problem.causal ? of.diagonal - position0 : kEverythingSeen;
+    const int limit1 = two_runs() ? of.diagonal - position1 : limit0 - 64;
+    publish_mask(bias, limit0, p.problem.causal ? limit1 : kEverythingSeen);
+  }
+
+  __device__ void walk(const Tile& tile) {
+    const bool ragged = p.problem.q_indptr != nullptr;
+    const int batch = ragged ? 0 : tile.batch;
+    const Sequence sequence = p.problem.sequence(tile.batch);
+    const TileBlocks of(p.problem, sequence, tile.batch, tile.head, tile.q_block);
+    Pieces<Config> pieces(p.problem, of);
+    int left = tile.pieces;
+    Step step{};
+    step.head = tile.head / p.kv_group, step.batch = batch;
+    for (int n = 0; n < tile.steps; ++n) {
+      const int summary = n - (tile.steps - tile.summaries);
+      step.summary = summary >= 0, step.dirty = false;
+      if (step.summary) {
+        step.row[0] = summary * kStep, step.row[1] = step.row[0] + kStep / 2;
+        mask_summaries(of, step.row[0]);
+      } else {
+        const int position0 = pieces.next();
+        const bool lone = --left == 0;  // the last of an odd number: beside it any keys, none of which counts
+        int position1 = position0;
+        if (two_runs() && !lone) position1 = pieces.next(), --left;
+        step.row[0] = tile.kv_row + position0, step.row[1] = tile.kv_row + position1;
+        if (n >= tile.steps - tile.masked) {
+          step.valid[0] = piece_length(of, position0);
+          step.valid[1] = lone ? 0 : piece_length(of, position1);
+          step.dirty = ragged || p.problem.block_len != nullptr;
+          mask_blocks(of, step, position0, position1);
+        }
+      }
+      load_k(step);
+      load_pending_v();
+      if (n == 0) load_query(tile, batch);
+      pending = step, has_pending = true;
+    }
+  }
+
+  __device__ void run() {
+    for (;; tiles.advance()) {
+      tiles.wait_full(shared.tiles);
+      const Tile& tile = shared.tile[tiles.slot];
+      if (tile.steps == kNoMoreTiles) return load_pending_v();
+      if (tile.steps == 0) {
+        load_pending_v();
+        load_query(tile, p.problem.q_indptr != nullptr ? 0 : tile.batch);  // only for the buffer
+      } else {
+        walk(tile);
+      }
+      queries.advance();
+      __syncwarp();
+      if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot]);
+    }
+  }
+};
+
+}  // namespace flashomni::cuda::sm90

@@ -1,0 +1,41 @@
+// A ring of shared-memory slots guarded by a full and an empty mbarrier each.
+#pragma once
+
+#include <cstdint>
+
+#include "src/cuda/ptx/mbarrier.cuh"
+
+namespace flashomni::cuda::sm90 {
+
+template <int kSlots>
+struct RingBarriers {
+  uint64_t full[kSlots], empty[kSlots];
+  __device__ void init(int full_arrivals, int empty_arrivals) {
+    for (int i = 0; i < kSlots; ++i) {
+      ::cuda::ptx::mbarrier_init(&full[i], full_arrivals);
+      ::cuda::ptx::mbarrier_init(&empty[i], empty_arrivals);
+    }
+  }
+};
+
+/// One warp's place in a ring. Every warp that uses a ring visits every slot in order.
+template <int kSlots>
+struct RingCursor {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++slot == kSlots) slot = 0, phase ^= 1;
+  }
+  __device__ void wait_full(RingBarriers<kSlots>& ring) const { ptx_ops::wait_parity(ring.full[slot], phase); }
+  __device__ void wait_full_relaxed(RingBarriers<kSlots>& ring) const {
+    ptx_ops::wait_parity_relaxed(ring.full[slot], phase);
+  }
+  __device__ void wait_empty(RingBarriers<kSlots>& ring) const {
+    ptx_ops::wait_parity(ring.empty[slot], phase ^ 1);
+  }
+  __device__ void wait_empty_relaxed(RingBarriers<kSlots>& ring) const {
+    ptx_ops::wait_parity_relaxed(ring.empty[slot], phase ^ 1);
+  }
+};
+
+}  // namespace flashomni::cuda::sm90
