@@ -5,6 +5,7 @@
 
 #include "src/cuda/sm90/attention/kernels.h"
 #include "src/cuda/sm90/attention/plan.h"
+#include "src/cuda/sm90/attention/split.cuh"
 #include "src/cuda/sm90/attention/summaries.h"
 #include "src/cuda/sm90/launch.h"
 #include "src/cuda/sm90/tensor_map.h"
@@ -12,8 +13,6 @@
 namespace flashomni::cuda::sm90 {
 namespace {
 
-/// Keys and values that half of the L2 cache holds; heads are planned together while theirs fit.
-constexpr int64_t kSharedCacheBytes = 25 << 20;
 constexpr int64_t kAlignment = 256;
 
 bool is_ragged(const AttentionArguments& a) {
@@ -51,9 +50,16 @@ Problem problem_of(const AttentionArguments& a) {
   return p;
 }
 
+/// The kernel's own head_dim.
+int padded_head_dim(const AttentionArguments& a) {
+  const int64_t d = head_dim_of(a);
+  return d <= 64 ? 64 : d <= 96 ? 96 : d <= 128 ? 128 : 256;
+}
+
 /// Where the parts of the workspace lie, in bytes.
 struct Layout {
-  int64_t control, items, partial, k_mean, v_mean, end;
+  int64_t control, items, partial, k_mean, v_mean, arrivals, parts, end;
+  int arrival_count;
 
   Layout(const AttentionArguments& a, const Problem& p) {
     int64_t at = 0;
@@ -62,11 +68,19 @@ struct Layout {
       at += (bytes + kAlignment - 1) / kAlignment * kAlignment;
       return begin;
     };
+    const int padded = padded_head_dim(a);
+    const int ctas = multiprocessors(a.q.device.id) * ctas_an_sm(padded, p.block_q);
+    const int consumers = p.block_q / 64;
+    const int64_t split_tiles = std::min<int64_t>(ctas - 1, most_tiles(p));
+    const int64_t most = std::min<int64_t>(most_parts(ctas), split_tiles * kMostParts);
+    arrival_count = static_cast<int>(split_tiles * consumers * 4);
     control = take(sizeof(Control));
     items = take(most_tiles(p) * int64_t(sizeof(Item)));
     partial = take(p.block_len != nullptr ? ceil_div(p.kv_tokens, p.block_kv * kBitsAWord) * 4 : 0);
     k_mean = take(p.summaries ? a.k_mean.numel() * 2 : 0);
     v_mean = take(p.summaries ? a.v_mean.numel() * 2 : 0);
+    arrivals = take(arrival_count * 4);
+    parts = take(most * consumers * (padded / 8 + 1) * 128 * int64_t(sizeof(float4)));
     end = at;
   }
 };
@@ -85,10 +99,6 @@ CUtensorMap summary_map(const TensorView& mean, DType dtype, void* data, int box
                          box_rows, "k_mean");
 }
 
-int padded_head_dim(int64_t head_dim) {
-  return head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : static_cast<int>(head_dim <= 128 ? 128 : 256);
-}
-
 void check_served(const AttentionArguments& a) {
   if (!(a.scale >= 0))
     throw Error(ErrorKind::kNotImplemented, text("scale: expected a positive number (cuda_sm90), got ", a.scale));
@@ -98,9 +108,10 @@ void check_served(const AttentionArguments& a) {
         throw Error(ErrorKind::kNotImplemented, text(t == &a.q ? "q" : "k", ": expected sizes below 2^30, got ", t->size(i)));
 }
 
-AttentionParameters parameters_of(const AttentionArguments& a, const Problem& problem, const Layout& layout,
-                                  unsigned char* workspace, int padded) {
+AttentionParameters parameters_of(const AttentionArguments& a, const Problem& problem, const Grouping& grouping,
+                                  const Layout& layout, unsigned char* workspace) {
   const bool ragged = is_ragged(a);
+  const int padded = padded_head_dim(a);
   const int box = std::min(step_keys(padded, problem.block_q), problem.block_kv);
   AttentionParameters p{};
   p.q = map_of(a.q, ragged, 64, "q");
@@ -112,11 +123,14 @@ AttentionParameters parameters_of(const AttentionArguments& a, const Problem& pr
     p.k_mean = summary_map(a.k_mean, a.q.dtype, workspace + layout.k_mean, box);
     p.v_mean = summary_map(a.v_mean, a.q.dtype, workspace + layout.v_mean, box);
   }
-  p.problem = problem;
+  p.problem = problem, p.grouping = grouping;
+  p.parts = reinterpret_cast<float4*>(workspace + layout.parts);
+  p.arrivals = reinterpret_cast<int*>(workspace + layout.arrivals);
   if (problem.block_len != nullptr) p.problem.partial = reinterpret_cast<uint32_t*>(workspace + layout.partial);
   p.items = reinterpret_cast<Item*>(workspace + layout.items);
   p.control = reinterpret_cast<Control*>(workspace + layout.control);
   p.out_data = a.out.as<unsigned char>();
+  p.out_batch_stride = ragged ? 0 : a.out.strides[0];
   p.out_token_stride = a.out.strides[a.out.ndim - 3], p.out_head_stride = a.out.strides[a.out.ndim - 2];
   if (a.lse.present()) {
     p.lse = a.lse.as<float>();
@@ -140,18 +154,20 @@ void attention(const AttentionArguments& a, const Context& context) {
   check_served(a);
   const Problem problem = problem_of(a);
   const Layout layout(a, problem);
-  const int padded = padded_head_dim(head_dim_of(a)), device = a.q.device.id;
+  const int padded = padded_head_dim(a), device = a.q.device.id;
+  const Grouping grouping =
+      grouping_of(problem, int64_t(problem.kv_tokens) * padded * 4 * heads_of(a.k) / heads_of(a.q));
   auto* workspace = static_cast<unsigned char*>(context.workspace);
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  const AttentionParameters p = parameters_of(a, problem, layout, workspace, padded);
+  const AttentionParameters p = parameters_of(a, problem, grouping, layout, workspace);
   if (problem.summaries && a.k_mean.numel() > 0) {
     convert_summaries(a.k_mean, a.q.dtype, workspace + layout.k_mean, stream);
     convert_summaries(a.v_mean, a.q.dtype, workspace + layout.v_mean, stream);
   }
-  const int64_t bytes_a_head = std::max<int64_t>(1, int64_t(problem.kv_tokens) * padded * 4 / p.kv_group);
-  const int group = static_cast<int>(std::clamp<int64_t>(kSharedCacheBytes / bytes_a_head, 1, problem.heads));
-  launch_plan(problem, group, const_cast<Item*>(p.items), p.control,
-              problem.block_len != nullptr ? reinterpret_cast<uint32_t*>(workspace + layout.partial) : nullptr, stream);
+  uint32_t* partial =
+      problem.block_len != nullptr ? reinterpret_cast<uint32_t*>(workspace + layout.partial) : nullptr;
+  launch_plan({problem, grouping, const_cast<Item*>(p.items), p.control, partial, p.arrivals, layout.arrival_count},
+              stream);
   switch (padded) {
     case 64:
       return launch_head_dim<64>(p, a.q.dtype, problem.block_q, device, stream);

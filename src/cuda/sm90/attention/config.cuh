@@ -14,11 +14,14 @@ struct AttentionParameters {
   CUtensorMap q, k, v, out;
   CUtensorMap k_mean, v_mean;  // of the summaries
   Problem problem;
+  Grouping grouping;
   const Item* items;
   Control* control;
-  unsigned char* out_data;  // for rows that no tensor map clips: the tail of a ragged sequence
+  float4* parts;  // what the parts of split tiles leave: see split.cuh
+  int* arrivals;  // of these parts, a count a tile and consumer warp
+  unsigned char* out_data;  // for rows that no tensor map writes: a ragged sequence's tail, split tiles
   float* lse;      // base 2; may be null
-  int64_t out_token_stride, out_head_stride;                    // elements
+  int64_t out_batch_stride, out_token_stride, out_head_stride;  // elements
   int64_t lse_batch_stride, lse_token_stride, lse_head_stride;  // elements
   int head_dim;    // as stored; the kernel's own is padded
   int kv_group;    // query heads a key/value head
@@ -34,12 +37,20 @@ constexpr int step_keys(int head_dim, int block_q) {
   return head_dim == 256 || block_q == 64 ? 64 : 128;
 }
 
+/// CTAs an SM. Tiles of 64 rows have one consumer; a second CTA takes the place of the other where it fits.
+constexpr int ctas_an_sm(int head_dim, int block_q) {
+  return block_q == 64 && head_dim <= 128 ? 2 : 1;
+}
+
 /// What the manager tells the other warps of a tile.
 struct Tile {
   int steps;      // kNoMoreTiles ends the loop
   int masked;     // of them, the last ones: those that come with a mask
   int summaries;  // of these, the last ones: those that walk block means
-  int pieces;     // that the other steps read, one or two a step
+  int first;      // the step of the tile with which a part begins, else 0
+  int summaries_before;  // summary steps of earlier parts
+  int pieces;     // that the steps other than summaries read, one or two a step, those before `first` included
+  int part, parts, split;  // this part of how many (1: a whole tile), and the tile's number among the split
   int q_block, head, batch;
   int q_row, rows;  // first row in the tensors, valid rows
   int kv_row;       // of the sequence's first key
@@ -58,11 +69,11 @@ struct AttentionConfig {
   static constexpr int kHeadDim = kHeadDim_, kPanels = (kHeadDim + 63) / 64;
   static constexpr int kConsumers = kConsumers_, kConsumerRows = 64, kConsumerWarps = 4 * kConsumers;
   static constexpr int kBlockQ = kConsumerRows * kConsumers;
-  // One consumer: a tile of 64 rows; two CTAs an SM take the place of the second consumer where they fit.
-  static constexpr int kCtas = kConsumers == 1 && kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kCtas = ctas_an_sm(kHeadDim, kBlockQ);
   static constexpr int kStep = step_keys(kHeadDim, kBlockQ);
   static constexpr int kRingSlots = 5;
   static constexpr int kQuerySlots = kHeadDim == 256 && kConsumers == 2 ? 1 : 2;
+  static constexpr bool kOverlapsTiles = kQuerySlots == 2;  // the next tile's query waits beside this one's
   static constexpr int kMaskSlots = 2;
   static constexpr int kTileSlots = 3;
   // Two producer warps: the manager (schedules and stores) and the loader. Beside two consumers they give

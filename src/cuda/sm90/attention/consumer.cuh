@@ -18,7 +18,6 @@ struct Consumer {
   static constexpr int kQueryChunks = kHeadDim / 16, kKeyChunks = kStep / 16;  // of 16, what one wgmma reduces
   static constexpr uint32_t kQueryPanel = Config::kConsumerRows * 128, kKvPanel = kStep * 128;
   static constexpr bool kTakesTurns = Config::kConsumers == 2;
-  static constexpr bool kOverlapsTiles = Config::kQuerySlots == 2;
 
   Shared& shared;
   const AttentionParameters& p;
@@ -50,11 +49,12 @@ struct Consumer {
   // ---- tiles ----
   struct Work {
     int steps, masked, slot;
+    bool part;
   };
   __device__ Work next_work() {
     tiles.wait_full(shared.tiles);
     const auto& tile = shared.tile[tiles.slot];
-    const Work work{tile.steps, tile.masked, tiles.slot};
+    const Work work{tile.steps, tile.masked, tiles.slot, tile.parts > 1};
     tiles.advance();
     return work;
   }
@@ -128,7 +128,7 @@ struct Consumer {
       const int row = tile_row() + 8 * r;
       if (row < tile.rows)
         lse[(tile.q_row + row) * p.lse_token_stride] =
-            work.steps == 0 || of.row_sum[r] == 0 ? -INFINITY : of.shift[r] + log2f(of.row_sum[r]);
+            of.row_sum[r] == 0 ? -INFINITY : of.shift[r] + log2f(of.row_sum[r]);
     }
   }
 
@@ -153,10 +153,91 @@ struct Consumer {
   }
   __device__ void finish_empty(const Work& work, int slot) {
     queries.wait_full(shared.queries);
+    softmax.shift[0] = softmax.shift[1] = -INFINITY;
+    softmax.row_sum[0] = softmax.row_sum[1] = 0;
+    if (work.part) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0;
+      finish_part(work, slot);
+      return;
+    }
     write_lse(work, softmax);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) ptx_ops::stmatrix_x4(matrix_address(slot, k), 0, 0, 0, 0);
     output_staged(work, slot);
+  }
+
+  // Leaves this part's sums in the workspace, a float4 of every thread side by side; the last warp to come adds
+  // the parts up and writes the rows.
+  __device__ void finish_part(const Work& work, int slot) {
+    constexpr int kVectors = kHeadDim / 8;  // float4 of output a thread; one more holds shifts and row sums
+    const Tile& tile = shared.tile[work.slot];
+    const int parts = tile.parts, thread = 32 * warp + lane;
+    const auto vectors_of = [&](int part) {
+      return p.parts + (int64_t(tile.split * parts + part) * Config::kConsumers + id) * (kVectors + 1) * 128 + thread;
+    };
+    softmax.finish();
+    float4* mine = vectors_of(tile.part);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      mine[i * 128] = {output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]};
+    mine[kVectors * 128] = {softmax.shift[0], softmax.shift[1], softmax.row_sum[0], softmax.row_sum[1]};
+    __threadfence();
+    __syncwarp();
+    int arrived = 0;
+    if (lane == 0) arrived = atomicAdd(&p.arrivals[tile.split * Config::kConsumerWarps + 4 * id + warp], 1);
+    arrived = __shfl_sync(ptx_ops::kWholeWarp, arrived, 0);
+    if (arrived == parts - 1) {
+      __threadfence();
+      add_parts(parts, vectors_of);
+      write_lse(work, softmax);
+      write_rows(tile);
+    }
+    output_staged(work, slot);
+  }
+  template <class Vectors>
+  __device__ void add_parts(int parts, Vectors vectors_of) {
+    constexpr int kVectors = kHeadDim / 8;
+    float top[2] = {-INFINITY, -INFINITY};
+    for (int i = 0; i < parts; ++i) {
+      const float4 state = __ldcg(vectors_of(i) + kVectors * 128);
+      top[0] = fmaxf(top[0], state.x), top[1] = fmaxf(top[1], state.y);
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0;
+    softmax.row_sum[0] = softmax.row_sum[1] = 0;
+    for (int i = 0; i < parts; ++i) {
+      const float4* vectors = vectors_of(i);
+      const float4 state = __ldcg(vectors + kVectors * 128);
+      const float factor[2] = {state.x == -INFINITY ? 0 : ptx_ops::exp2_approx(state.x - top[0]),
+                               state.y == -INFINITY ? 0 : ptx_ops::exp2_approx(state.y - top[1])};
+      softmax.row_sum[0] += factor[0] * state.z, softmax.row_sum[1] += factor[1] * state.w;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        const float4 v = __ldcg(vectors + j * 128);
+        output[4 * j] += factor[0] * v.x, output[4 * j + 1] += factor[0] * v.y;
+        output[4 * j + 2] += factor[1] * v.z, output[4 * j + 3] += factor[1] * v.w;
+      }
+    }
+    softmax.shift[0] = top[0], softmax.shift[1] = top[1];
+  }
+  __device__ void write_rows(const Tile& tile) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = tile_row() + 8 * r;
+      if (row >= tile.rows) continue;
+      const float inverse = softmax.row_sum[r] == 0 ? 0 : 1 / softmax.row_sum[r];
+      const int64_t at = (tile.q_row + row) * p.out_token_stride + tile.head * p.out_head_stride +
+                         (p.problem.q_indptr != nullptr ? 0 : tile.batch * p.out_batch_stride);
+      auto* out = reinterpret_cast<Element*>(p.out_data) + at;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        const int column = 8 * i + 2 * (lane % 4);
+        if (column < p.head_dim)
+          *reinterpret_cast<uint32_t*>(out + column) =
+              ptx_ops::pack<Element>(output[4 * i + 2 * r] * inverse, output[4 * i + 2 * r + 1] * inverse);
+      }
+    }
   }
   __device__ void output_staged(const Work& work, int slot) {
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
@@ -172,8 +253,9 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kStep / 2; ++i) {
       const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-      scores[i] += mask.bias[column];
-      if (column % 64 > limit[8 * (i / 4) / 64] + 8 * (i % 4 / 2)) scores[i] = -INFINITY;
+      const float bias = mask.bias[column];
+      const bool seen = column % 64 <= limit[8 * (i / 4) / 64] + 8 * (i % 4 / 2) && bias > -INFINITY;
+      scores[i] = seen ? scores[i] + bias : -INFINITY;  // where there is no key the score may be NaN
     }
     __syncwarp();
     if (lane == 0) ptx_ops::arrive(shared.masks.empty[masks.slot]);
@@ -191,14 +273,24 @@ struct Consumer {
 
   // ---- the loop ----
   // Step n: its scores, its probabilities into `next`, and the product of step n - 1, whose probabilities are
-  // `last`. `under_scores` runs while the scores are computed. A mask only lowers the step's sum, so a row that
-  // has seen a key before needs no other care.
-  template <bool kMasked, class Function>
-  __device__ void step(const Fragments& last, Fragments& next, bool accumulate, Function under_scores) {
-    const int k_slot = issue_scores();
-    under_scores();
-    const int v_slot = issue_output(last, accumulate);
+  // `last`. A mask only lowers the step's sum, so a row that has seen a key before needs no other care.
+  template <bool kMasked>
+  __device__ void step(const Fragments& last, Fragments& next, bool accumulate) {
+    const int k_slot = issue_scores(), v_slot = issue_output(last, accumulate);
     pass_turn();
+    finish_step<kMasked>(next, k_slot, v_slot);
+  }
+  // A tile's second step, while whose scores are computed the tile before is finished: its output makes room.
+  template <class Finish>
+  __device__ void second_step(const Fragments& last, Fragments& next, Finish finish_tile_before) {
+    const int k_slot = issue_scores();
+    pass_turn();
+    finish_tile_before();
+    const int v_slot = issue_output(last, false);
+    finish_step<false>(next, k_slot, v_slot);
+  }
+  template <bool kMasked>
+  __device__ void finish_step(Fragments& next, int k_slot, int v_slot) {
     scores_ready<1>(k_slot);
     if constexpr (kMasked) apply_mask();
     softmax.template exponentiate<false>(scores, p.scale_log2, next);
@@ -214,10 +306,6 @@ struct Consumer {
     softmax.accept();
     ptx_ops::pin(next);
     output_ready(v_slot);
-  }
-  template <bool kMasked>
-  __device__ void step(const Fragments& last, Fragments& next, bool accumulate) {
-    step<kMasked>(last, next, accumulate, [] {});
   }
 
   // A step of a tile that has no whole block: rows may have seen nothing so far, so the maximum is always
@@ -281,12 +369,12 @@ struct Consumer {
         const Work next = next_work();
         const int slot = queries.slot;
         queries.advance();
-        if (!kOverlapsTiles || next.steps - max(next.masked, 0) <= 0) {
+        if (!Config::kOverlapsTiles || work.part || next.steps <= next.masked) {
           wait_turn();
           const int v_slot = issue_output(even, work.steps > 1);
           pass_turn();
           output_ready(v_slot);
-          finish(work, slot, softmax);
+          work.part ? finish_part(work, slot) : finish(work, slot, softmax);
           work = next;
           break;
         }
@@ -304,7 +392,7 @@ struct Consumer {
           ptx_ops::move_registers(even, odd);
           n = 1;
         } else {
-          step<false>(odd, even, false, [&] { finish(work, slot, finished); });
+          second_step(odd, even, [&] { finish(work, slot, finished); });
           n = 2;
         }
         work = next;

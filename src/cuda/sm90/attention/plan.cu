@@ -1,68 +1,72 @@
-// One cluster of CTAs. Each takes a contiguous run of groups (heads of one sequence), counts its active tiles,
-// learns from the others where its part of the list begins, and writes it: longest first within a group, ties
-// in order, so that the list is the same at every run.
-#include <cooperative_groups.h>
-#include <cuda_runtime.h>
-
+// A CTA a region of the work list. It looks at its groups of heads one after the other, counts what each tile
+// selects, and appends the active ones: longest first within a group, ties in order, so that the list is the
+// same at every run.
 #include "src/cuda/sm90/attention/plan.h"
+
+#include <algorithm>
+
 #include "src/cuda/sm90/launch.h"
 
 namespace flashomni::cuda::sm90 {
 namespace {
 
-constexpr int kCtas = 8, kThreads = 512;
+constexpr int kThreads = 512;
 constexpr int kChunk = 1024;  // tiles sorted at a time
 
-struct PlanParameters {
-  Problem problem;
-  int heads_a_group;
-  Item* items;
-  Control* control;
-  uint32_t* partial;
-};
+/// Keys and values that half of the L2 cache holds.
+constexpr int64_t kSharedCacheBytes = 25 << 20;
 
-/// Heads [first, first + count) of batch element b; its tiles are numbered head by head.
+/// Some heads of one sequence; its tiles are numbered head by head.
 struct Group {
+  const Problem& problem;
   int batch, first_head, tiles, q_blocks;
-  __device__ Group(const PlanParameters& p, int index) {
-    const int groups = (p.problem.heads + p.heads_a_group - 1) / p.heads_a_group;
-    batch = index / groups, first_head = index % groups * p.heads_a_group;
-    const int heads = min(p.heads_a_group, p.problem.heads - first_head);
-    q_blocks = (p.problem.sequence(batch).q_tokens + p.problem.block_q - 1) / p.problem.block_q;
-    tiles = heads * q_blocks;
+  Sequence sequence;
+
+  __device__ Group(const Problem& problem, const Grouping& grouping, int index)
+      : problem(problem),
+        batch(index / grouping.groups_a_sequence),
+        first_head(index % grouping.groups_a_sequence * grouping.heads_a_group),
+        sequence(problem.sequence(batch)) {
+    q_blocks = (sequence.q_tokens + problem.block_q - 1) / problem.block_q;
+    tiles = min(grouping.heads_a_group, problem.heads - first_head) * q_blocks;
   }
-  __device__ int head(int tile) const { return first_head + tile / q_blocks; }
-  __device__ int q_block(int tile) const { return tile % q_blocks; }
-  __device__ bool active(const PlanParameters& p, int tile) const {
-    return p.problem.cache.word(batch, int64_t(q_block(tile)) * p.problem.heads + head(tile)) & 1;
-  }
-  __device__ int selected(const PlanParameters& p, int tile) const {
-    const TileBlocks blocks(p.problem, p.problem.sequence(batch), batch, head(tile), q_block(tile));
+  /// Blocks that a tile selects; -1 where it is cached.
+  __device__ int selected(int tile) const {
+    const int head = first_head + tile / q_blocks, q_block = tile % q_blocks;
+    if (!(problem.cache.word(batch, int64_t(q_block) * problem.heads + head) & 1)) return -1;
+    const TileBlocks blocks(problem, sequence, batch, head, q_block);
+    const int words = blocks.words();
     int count = 0;
-    for (int w = 0; w < blocks.words(); ++w) count += __popc(blocks.selected(p.problem, w));
+#pragma unroll 4
+    for (int w = 0; w < words; ++w) count += __popc(blocks.selected(problem, w));
     return count;
+  }
+  __device__ Item item(int tile) const {
+    return {tile % q_blocks, batch * problem.heads + first_head + tile / q_blocks};
   }
 };
 
 /// Bit j: block j holds fewer tokens than slots.
-__device__ void write_partial(const PlanParameters& p) {
-  const Problem& problem = p.problem;
+__device__ void write_partial(const Problem& problem, uint32_t* partial) {
   const int blocks = (problem.kv_tokens + problem.block_kv - 1) / problem.block_kv;
   for (int w = threadIdx.x; w * kBitsAWord < blocks; w += kThreads) {
     uint32_t word = 0;
     for (int bit = 0; bit < kBitsAWord && w * kBitsAWord + bit < blocks; ++bit)
       word |= uint32_t(problem.block_len[w * kBitsAWord + bit] < problem.block_kv) << bit;
-    p.partial[w] = word;
+    partial[w] = word;
   }
 }
 
-/// Tiles [begin, begin + tiles) of a group: the active ones into `items`, longest first. Returns their number.
-__device__ int write_chunk(const PlanParameters& p, const Group& group, int begin, int tiles, Item* items) {
+/// Tiles [begin, begin + tiles) of a group: the active ones into `items`, longest first. Returns their number;
+/// adds what this thread's tiles select to `blocks`.
+__device__ int write_chunk(const Group& group, int begin, int tiles, Item* items, int& blocks) {
   __shared__ int key[kChunk];  // selected blocks; -1: cached
   int total = 0;
   for (int t = threadIdx.x; t < kChunk; t += kThreads) {
-    key[t] = t < tiles && group.active(p, begin + t) ? group.selected(p, begin + t) : -1;
+    key[t] = t < tiles ? group.selected(begin + t) : -1;
+    blocks += max(key[t], 0);
     total += __syncthreads_count(key[t] >= 0);
+    if (t - threadIdx.x + kThreads >= tiles) break;
   }
   bool equal = true;  // the usual case: equal counts, and none cached
   for (int t = threadIdx.x; t < tiles; t += kThreads) equal &= key[t] == key[0] && key[t] >= 0;
@@ -73,57 +77,60 @@ __device__ int write_chunk(const PlanParameters& p, const Group& group, int begi
     int place = t;
     if (!in_order) {
       place = 0;
-      for (int other = 0; other < tiles; ++other) place += key[other] > mine || (key[other] == mine && other < t);
+#pragma unroll 8
+      for (int other = 0; other < tiles; ++other)
+        place += key[other] > mine || (key[other] == mine && other < t);
     }
-    items[place] = {group.q_block(begin + t), group.batch * p.problem.heads + group.head(begin + t)};
+    items[place] = group.item(begin + t);
   }
   __syncthreads();
   return total;
 }
 
-__global__ void __cluster_dims__(kCtas) __launch_bounds__(kThreads) plan_kernel(const PlanParameters p) {
-  namespace cg = cooperative_groups;
-  __shared__ int active_here;
-  const auto cluster = cg::this_cluster();
-  const int rank = cluster.block_rank(), thread = threadIdx.x;
-  const int groups =
-      p.problem.batch * ((p.problem.heads + p.heads_a_group - 1) / p.heads_a_group);
-  const int first = int64_t(groups) * rank / kCtas, last = int64_t(groups) * (rank + 1) / kCtas;
-
-  if (thread == 0) active_here = 0;
-  __syncthreads();
-  int active = 0;
-  for (int g = first; g < last; ++g) {
-    const Group group(p, g);
-    for (int t = thread; t < group.tiles; t += kThreads) active += group.active(p, t);
+__global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanArguments p) {
+  cudaTriggerProgrammaticLaunchCompletion();  // the next kernel may be set up; it waits for this one's end
+  __shared__ int all_blocks;
+  if (threadIdx.x == 0) all_blocks = 0;
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < p.arrival_count; i += kThreads) p.arrivals[i] = 0;
+    if (threadIdx.x == 0) p.control->next = 0;
   }
-  active = __reduce_add_sync(~0u, active);
-  if (thread % 32 == 0 && active > 0) atomicAdd(&active_here, active);
-  if (rank == kCtas - 1 && p.partial != nullptr) write_partial(p);
-  cluster.sync();
-  int offset = 0;
-  for (int r = 0; r < rank; ++r) offset += *cluster.map_shared_rank(&active_here, r);
-  if (rank == kCtas - 1 && thread == 0) *p.control = {offset + active_here, 0};
+  if (blockIdx.x == gridDim.x - 1 && p.partial != nullptr) write_partial(p.problem, p.partial);
 
-  for (int g = first; g < last; ++g) {
-    const Group group(p, g);
+  Item* items = p.items + p.grouping.base(p.problem, blockIdx.x);
+  int count = 0, blocks = 0;
+  const int last = p.grouping.first_group(blockIdx.x + 1);
+  for (int g = p.grouping.first_group(blockIdx.x); g < last; ++g) {
+    const Group group(p.problem, p.grouping, g);
     for (int begin = 0; begin < group.tiles; begin += kChunk)
-      offset += write_chunk(p, group, begin, min(kChunk, group.tiles - begin), p.items + offset);
+      count += write_chunk(group, begin, min(kChunk, group.tiles - begin), items + count, blocks);
   }
-  cluster.sync();  // no CTA leaves while another may still read its count
+  blocks = __reduce_add_sync(~0u, blocks);
+  if (threadIdx.x % 32 == 0) atomicAdd(&all_blocks, blocks);
+  __syncthreads();
+  if (threadIdx.x == 0) p.control->region[blockIdx.x] = {count, all_blocks};
 }
 
 }  // namespace
 
+Grouping grouping_of(const Problem& problem, int64_t bytes_a_head) {
+  Grouping g;
+  const int64_t fit = kSharedCacheBytes / std::max<int64_t>(bytes_a_head, 1);
+  g.heads_a_group = static_cast<int>(std::clamp<int64_t>(fit, 1, problem.heads));
+  g.groups_a_sequence = (problem.heads + g.heads_a_group - 1) / g.heads_a_group;
+  g.groups = g.groups_a_sequence * problem.batch;
+  g.regions = std::min(g.groups, kMostRegions);
+  return g;
+}
+
 int64_t most_tiles(const Problem& problem) {
   const int64_t blocks = (problem.q_tokens + problem.block_q - 1) / problem.block_q;
-  // A ragged batch: each sequence but one may add a block that it does not fill.
+  // A ragged batch: each sequence may add a block that it does not fill.
   return problem.heads * (problem.q_indptr == nullptr ? blocks * problem.batch : blocks + problem.batch);
 }
 
-void launch_plan(const Problem& problem, int heads_a_group, Item* items, Control* control, uint32_t* partial,
-                 cudaStream_t stream) {
-  plan_kernel<<<kCtas, kThreads, 0, stream>>>({problem, heads_a_group, items, control, partial});
+void launch_plan(const PlanArguments& arguments, cudaStream_t stream) {
+  plan_kernel<<<arguments.grouping.regions, kThreads, 0, stream>>>(arguments);
   check_cuda(cudaGetLastError(), "plan_kernel");
 }
 

@@ -99,9 +99,35 @@ struct Item {
   int q_block, batch_head;  // batch * heads + head
 };
 
+/// The work list comes in regions, each written by one CTA of the plan: no CTA waits for another.
+inline constexpr int kMostRegions = 32;  // one a lane of the warp that reads them
+struct Region {
+  int items;   // active tiles, from the region's base on
+  int blocks;  // that these select, in all
+};
+
 /// What the plan leaves for the attention kernel.
 struct Control {
-  int items, next;  // tiles in the list; the next one to claim beyond the first wave
+  Region region[kMostRegions];
+  int next;  // work to claim beyond the first wave
+};
+
+/// The heads of all sequences in groups, whose keys and values share the L2 cache; a region is a run of groups.
+struct Grouping {
+  int heads_a_group, groups_a_sequence, groups, regions;
+
+  __host__ __device__ int first_group(int region) const {
+    return static_cast<int>(int64_t(groups) * region / regions);
+  }
+  /// The region's first item: no smaller than the most tiles that the groups before it can have.
+  __device__ int base(const Problem& p, int region) const {
+    const int group = first_group(region), b = group / groups_a_sequence;
+    const int head = group % groups_a_sequence * heads_a_group;
+    const int blocks = (p.q_tokens + p.block_q - 1) / p.block_q;
+    if (p.q_indptr == nullptr) return (b * p.heads + head) * blocks;
+    const Sequence s = p.sequence(b);
+    return (s.q_row / p.block_q + b) * p.heads + head * ((s.q_tokens + p.block_q - 1) / p.block_q);
+  }
 };
 
 }  // namespace flashomni::cuda::sm90

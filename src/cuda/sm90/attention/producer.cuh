@@ -5,6 +5,7 @@
 #include "src/cuda/ptx/control.cuh"
 #include "src/cuda/ptx/tma.cuh"
 #include "src/cuda/sm90/attention/config.cuh"
+#include "src/cuda/sm90/attention/split.cuh"
 
 namespace flashomni::cuda::sm90 {
 
@@ -19,30 +20,63 @@ struct Manager {
   const bool leader = ptx_ops::elect_one(), ragged = p.problem.q_indptr != nullptr;
   RingCursor<Config::kTileSlots> published, stored;
   RingCursor<Config::kQuerySlots> queries;
-  int claimed = blockIdx.x;  // the next tile to publish
+  int claimed = blockIdx.x;  // the next work to publish
+  // Lane r: where region r's items begin in the list, and how many tiles come before its end.
+  int base = 0, end = 0;
+  int tiles = 0;
+  Split split{0, 0, 1};
 
   __device__ Manager(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
 
   __device__ void run() {
-    const int items = p.control->items;
+    survey();
+    const int work = split.work(tiles);
     int waiting = 0;  // tiles published and not yet stored
     for (bool more = true; more || waiting > 0;) {
       while (more && waiting < Config::kTileSlots) {
-        more = claimed < items;
+        more = claimed < work;
         publish(more);
         waiting += more;
-        if (!more) break;
       }
       if (waiting > 0) store(), --waiting;
     }
     if (leader) ::cuda::ptx::cp_async_bulk_wait_group(::cuda::ptx::n32_t<0>{});
   }
 
+  /// Reads how much work each region of the list holds.
+  __device__ void survey() {
+    Region region{0, 0};
+    if (lane < p.grouping.regions) {
+      region = p.control->region[lane];
+      base = p.grouping.base(p.problem, lane);
+    }
+    end = region.items;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int before = __shfl_up_sync(ptx_ops::kWholeWarp, end, distance);
+      if (lane >= distance) end += before;
+    }
+    base -= end - region.items;
+    tiles = __shfl_sync(ptx_ops::kWholeWarp, end, 31);
+    const float blocks = __reduce_add_sync(ptx_ops::kWholeWarp, region.blocks);
+    const int steps = static_cast<int>(blocks / max(tiles, 1) * p.problem.block_kv / Config::kStep);
+    split = Split(tiles, steps, gridDim.x);
+  }
+
+  __device__ Item item(int tile) const {
+    const int region = __ffs(__ballot_sync(ptx_ops::kWholeWarp, tile < end)) - 1;
+    return p.items[__shfl_sync(ptx_ops::kWholeWarp, base, region) + tile];
+  }
+
   __device__ void publish(bool more) {
     published.wait_empty_relaxed(shared.tiles);
-    auto& tile = shared.tile[published.slot];
+    Tile& tile = shared.tile[published.slot];
     if (more) {
-      describe(tile, p.items[claimed]);
+      const int beyond = max(claimed - split.whole, 0);
+      const bool is_part = claimed >= split.whole;
+      const int index = is_part ? split.whole + beyond / split.parts : claimed;
+      describe(tile, item(index), is_part ? beyond % split.parts : 0, is_part ? split.parts : 1,
+               index - split.whole);
     } else {
       tile.steps = kNoMoreTiles, tile.masked = 0;
     }
@@ -53,7 +87,7 @@ struct Manager {
     claimed = __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
   }
 
-  __device__ void describe(Tile& tile, Item item) {
+  __device__ void describe(Tile& tile, Item item, int part, int parts, int split_tile) {
     const int batch = item.batch_head / p.problem.heads, head = item.batch_head % p.problem.heads;
     const Sequence sequence = p.problem.sequence(batch);
     const TileBlocks blocks(p.problem, sequence, batch, head, item.q_block);
@@ -76,9 +110,13 @@ struct Manager {
     masked *= pieces_a_block, whole *= pieces_a_block;
     const int summaries =
         p.problem.summaries && skipped > 0 ? (blocks.kv_blocks + Config::kStep - 1) / Config::kStep : 0;
-    tile.steps = (masked + whole + pieces_a_step - 1) / pieces_a_step + summaries;
-    tile.masked = tile.steps - whole / pieces_a_step;
-    tile.summaries = summaries, tile.pieces = masked + whole;
+    const int steps = (masked + whole + pieces_a_step - 1) / pieces_a_step + summaries;
+    const int first = steps * part / parts, last = steps * (part + 1) / parts;
+    tile.steps = last - first, tile.first = first;
+    tile.masked = min(last - first, max(last - whole / pieces_a_step, 0));
+    tile.summaries = min(last - first, max(last - (steps - summaries), 0));
+    tile.pieces = masked + whole, tile.summaries_before = max(first - (steps - summaries), 0);
+    tile.part = part, tile.parts = parts, tile.split = split_tile;
     tile.q_block = item.q_block, tile.head = head, tile.batch = batch;
     tile.rows = min(sequence.q_tokens - item.q_block * Config::kBlockQ, Config::kBlockQ);
     tile.q_row = sequence.q_row + item.q_block * Config::kBlockQ, tile.kv_row = sequence.kv_row;
@@ -88,8 +126,10 @@ struct Manager {
   __device__ void store() {
     const auto& tile = shared.tile[stored.slot];
     const int row = tile.q_row, rows = tile.rows, head = tile.head, batch = ragged ? 0 : tile.batch;
+    const bool whole = tile.parts == 1;  // of a split tile, a consumer writes the output
     ptx_ops::named_barrier_sync(kOutputStaged0 + queries.slot, Config::kStoreThreads);
-    if (ragged && rows < Config::kBlockQ) {
+    if (!whole) {
+    } else if (ragged && rows < Config::kBlockQ) {
       store_rows(row, rows, head);
     } else if (leader) {
       for (int i = 0; i < Config::kConsumers; ++i)
@@ -192,7 +232,7 @@ struct Loader {
     bool summary, dirty;  // dirty: V's slots without keys may hold what is not ours, and are zeroed
   };
   Step pending;  // its V is still to be loaded
-  bool has_pending = false;
+  bool has_pending = false, after_part = false, has_query = false;
 
   __device__ Loader(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
 
@@ -243,17 +283,29 @@ struct Loader {
       for (int row = first; row < last; ++row) words[(panel * kStep + row) * 32 + lane] = 0;
   }
 
-  __device__ void load_query(const Tile& tile, int batch) {
+  __device__ void load_query(const Tile& tile) {
     queries.wait_empty(shared.queries);
-    if (!leader) return;
-    uint64_t& full = shared.queries.full[queries.slot];
-    ptx_ops::arrive_expect_bytes(full, Config::kQueryBytes);
-    for (int i = 0; i < Config::kConsumers; ++i)
+    if (leader) {
+      uint64_t& full = shared.queries.full[queries.slot];
+      ptx_ops::arrive_expect_bytes(full, Config::kQueryBytes);
+      const int batch = p.problem.q_indptr != nullptr ? 0 : tile.batch;
+      for (int i = 0; i < Config::kConsumers; ++i)
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel)
-        ptx_ops::tma_load(
-            ptx_ops::shared_address(shared.query[queries.slot][i]) + panel * Config::kConsumerRows * 128, &p.q, full,
-            {64 * panel, tile.q_row + i * Config::kConsumerRows, tile.head, batch}, ptx_ops::kEvictFirst);
+        for (int panel = 0; panel < kPanels; ++panel)
+          ptx_ops::tma_load(
+              ptx_ops::shared_address(shared.query[queries.slot][i]) + panel * Config::kConsumerRows * 128, &p.q,
+              full, {64 * panel, tile.q_row + i * Config::kConsumerRows, tile.head, batch}, ptx_ops::kEvictFirst);
+    }
+    queries.advance();
+  }
+  /// The next tile's, as soon as the tile before this one can have left its buffer: in this one's second step.
+  __device__ void load_next_query() {
+    RingCursor<Config::kTileSlots> next = tiles;
+    next.advance();
+    next.wait_full(shared.tiles);
+    if (shared.tile[next.slot].steps == kNoMoreTiles) return;
+    load_query(shared.tile[next.slot]);
+    has_query = true;
   }
 
   /// Publishes a mask: bias(column) for every column, and the causal limits of both halves.
@@ -305,14 +357,17 @@ struct Loader {
     const Sequence sequence = p.problem.sequence(tile.batch);
     const TileBlocks of(p.problem, sequence, tile.batch, tile.head, tile.q_block);
     Pieces<Config> pieces(p.problem, of);
-    int left = tile.pieces;
+    const int pieces_before = min(tile.first * (two_runs() ? 2 : 1), tile.pieces);
+    for (int i = 0; i < pieces_before; ++i) pieces.next();
+    int left = tile.pieces - pieces_before;
+    const int summaries_before = tile.summaries_before;
     Step step{};
     step.head = tile.head / p.kv_group, step.batch = batch;
     for (int n = 0; n < tile.steps; ++n) {
       const int summary = n - (tile.steps - tile.summaries);
       step.summary = summary >= 0, step.dirty = false;
       if (step.summary) {
-        step.row[0] = summary * kStep, step.row[1] = step.row[0] + kStep / 2;
+        step.row[0] = (summaries_before + summary) * kStep, step.row[1] = step.row[0] + kStep / 2;
         mask_summaries(of, step.row[0]);
       } else {
         const int position0 = pieces.next();
@@ -329,8 +384,10 @@ struct Loader {
       }
       load_k(step);
       load_pending_v();
-      if (n == 0) load_query(tile, batch);
+      if (n == 0 && !has_query) load_query(tile);
+      if (n == 0) has_query = false;
       pending = step, has_pending = true;
+      if (Config::kOverlapsTiles && n == min(3, tile.steps - 1)) load_next_query();
     }
   }
 
@@ -339,13 +396,15 @@ struct Loader {
       tiles.wait_full(shared.tiles);
       const Tile& tile = shared.tile[tiles.slot];
       if (tile.steps == kNoMoreTiles) return load_pending_v();
+      // Where the consumers do not overlap two tiles, they want the first one's V before the second one's K.
+      if (!Config::kOverlapsTiles || after_part || tile.steps == tile.masked) load_pending_v();
+      after_part = tile.parts > 1;
       if (tile.steps == 0) {
-        load_pending_v();
-        load_query(tile, p.problem.q_indptr != nullptr ? 0 : tile.batch);  // only for the buffer
+        if (!has_query) load_query(tile);  // only for the buffer
+        has_query = false;
       } else {
         walk(tile);
       }
-      queries.advance();
       __syncwarp();
       if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot]);
     }
