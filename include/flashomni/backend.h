@@ -33,7 +33,7 @@ struct Context {
 struct Backend {
   const char* name;
   DeviceType device;
-  /// True if this backend can serve `device` here; otherwise `reason` says why not.
+  /// True if this backend can serve `device` here; otherwise `reason`, unless null, says why not.
   bool (*serves)(Device device, std::string* reason);
 
   size_t (*attention_workspace)(const AttentionArguments&, const Context&);
@@ -54,7 +54,7 @@ struct Backend {
 
 /// The backend for `device`: the first of the table that serves it, or the one that FLASHOMNI_BACKEND names.
 /// Throws NotImplementedError that lists every backend with its reason; ValueError if FLASHOMNI_BACKEND names
-/// none.
+/// none. Loads the plugin of a GPU backend where it can be found (plugin.h). The variable is read at each call.
 FLASHOMNI_API const Backend& backend_for(Device device);
 
 /// A row of the table, for `flashomni doctor`.

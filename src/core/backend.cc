@@ -5,12 +5,13 @@
 #include <string_view>
 
 #include "flashomni/error.h"
+#include "src/core/plugin.h"
 #include "src/cpu/cpu.h"
 
 namespace flashomni {
 namespace {
 
-constexpr const Backend& (*kTable[])() = {cpu_backend};
+constexpr const Backend& (*kTable[])() = {cuda_sm90_backend, cpu_backend};
 
 /// FLASHOMNI_BACKEND, or empty.
 std::string_view forced_name() {
@@ -28,13 +29,16 @@ std::string all_names() {
 
 const Backend& backend_for(Device device) {
   const std::string_view forced = forced_name();
+  const auto asked = [&](const Backend& backend) { return forced.empty() || forced == backend.name; };
+  for (const auto row : kTable) {
+    if (asked(row()) && row().serves(device, nullptr)) return row();
+  }
   std::string reasons;
   for (const auto row : kTable) {
-    const Backend& backend = row();
-    if (!forced.empty() && forced != backend.name) continue;
     std::string reason;
-    if (backend.serves(device, &reason)) return backend;
-    reasons += text(reasons.empty() ? "" : "; ", backend.name, ": ", reason);
+    if (!asked(row())) continue;
+    if (row().serves(device, &reason)) return row();
+    reasons += text(reasons.empty() ? "" : "; ", row().name, ": ", reason);
   }
   if (!forced.empty() && reasons.empty()) {
     fail(ErrorKind::kValue, "FLASHOMNI_BACKEND", text("one of ", all_names()), std::string(forced));

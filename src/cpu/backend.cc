@@ -33,12 +33,11 @@ void select(const SelectArguments& arguments, const Context& context) {
 }
 
 bool serves(Device device, std::string* reason) {
-  if (device.type == DeviceType::kCPU) {
-    *reason = std::string("instruction set ") + cpu::kernels().isa;
-    return true;
+  const bool served = device.type == DeviceType::kCPU;
+  if (reason != nullptr) {
+    *reason = served ? std::string("instruction set ") + cpu::kernels().isa : "serves CPU tensors only";
   }
-  *reason = "serves CPU tensors only";
-  return false;
+  return served;
 }
 
 }  // namespace
