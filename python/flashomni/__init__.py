@@ -25,6 +25,7 @@ _EXPORTS = {
     "taylor_forecast": "flashomni.ops",
     "packbits": "flashomni.ops",
     "segment_packbits": "flashomni.ops",
+    "warmup": "flashomni.jit",
     "enable": "flashomni.diffusers",
     "disable": "flashomni.diffusers",
     "disabled": "flashomni.diffusers",

@@ -52,6 +52,22 @@ def backends() -> list[dict[str, Any]]:
     ]
 
 
+def load_plugin(path: Path) -> str:
+    """Loads a plugin for the rest of the process; the name of its backend. RuntimeError if it is none."""
+    return str(library.load_plugin(str(path)))
+
+
+def loaded_plugins() -> list[dict[str, str]]:
+    """The plugins that are loaded: name, path and sources, what they were built from."""
+    keys = ("name", "path", "sources")
+    return [dict(zip(keys, map(str, row), strict=True)) for row in library.loaded_plugins()]
+
+
+def cuda_backend(index: int) -> str:
+    """The backend that serves a CUDA device; NotImplementedError with every backend's reason if none does."""
+    return str(library.cuda_backend(index))
+
+
 def cpu_isa() -> str:
     """The CPU instruction set in use: "avx512bf16", "avx512", "avx2" or "generic".
 

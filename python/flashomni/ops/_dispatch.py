@@ -16,6 +16,9 @@ from flashomni.symbols import SparseSymbols
 _torch_library = torch.library.Library("flashomni", "DEF")
 _local = threading.local()
 _FIRST_BYTES = 1 << 16
+_MOST_SIZES = 4096
+_ready: set[int] = set()  # CUDA devices whose backend is loaded
+_gpu_bytes: dict[tuple, int] = {}  # workspace by operator, device and shape
 
 
 def define(schema: str, call: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -70,18 +73,44 @@ def _unusual(tensor: Tensor) -> str:
 
 
 def invoke(function: str, like: Tensor, *arguments: Any) -> None:
-    """Calls a native operator on the device of `like` with this thread's workspace there, grown as needed."""
+    """Calls a native operator on the device of `like`.
+
+    On the CPU with this thread's workspace, grown as needed.
+    """
+    if not like.is_cpu:
+        _invoke_on_gpu(function, like, arguments)
+        return
     native = getattr(library, function)
     workspaces = _local.__dict__
-    device = "cpu" if like.is_cpu else like.device
-    workspace = workspaces.get(device)
+    workspace = workspaces.get("cpu")
     if workspace is None:
-        workspace = workspaces[device] = _workspace(device, _FIRST_BYTES)
+        workspace = workspaces["cpu"] = _workspace("cpu", _FIRST_BYTES)
     threads = torch.get_num_threads()
     needed = native(*arguments, workspace, threads)
     if needed:
-        workspace = workspaces[device] = _workspace(device, needed)
+        workspace = workspaces["cpu"] = _workspace("cpu", needed)
         native(*arguments, workspace, threads)
+
+
+def _invoke_on_gpu(function: str, like: Tensor, arguments: tuple) -> None:
+    """The workspace comes from torch's allocator at each call and goes back at its end: so it follows the current
+    stream, and lies in a graph's own memory under capture. Its size is remembered for the next call alike.
+    """
+    index = like.get_device()
+    if like.is_cuda and index not in _ready:
+        from flashomni import jit
+
+        jit.ensure(index)
+        _ready.add(index)
+    native = getattr(library, function)
+    key = (function, index, like.shape)
+    size = _gpu_bytes.get(key, 0)
+    needed = native(*arguments, torch.empty(size, dtype=torch.uint8, device=like.device), 0)
+    if needed:
+        if len(_gpu_bytes) >= _MOST_SIZES:
+            _gpu_bytes.clear()
+        _gpu_bytes[key] = needed
+        native(*arguments, torch.empty(needed, dtype=torch.uint8, device=like.device), 0)
 
 
 def _workspace(device: torch.device | str, size: int) -> Tensor:

@@ -83,12 +83,15 @@ void check_serves(int device) {
   if (driver == 0) unserved("no NVIDIA driver is installed");
   if (driver / 1000 < runtime / 1000) {
     unserved("the NVIDIA driver is too old: it goes up to CUDA " + cuda_version(driver) +
-             ", and the plugin was built with CUDA " + cuda_version(runtime) + "; a driver of 580 or newer will do");
+             ", and the plugin was built with CUDA " + cuda_version(runtime) +
+             "; a driver of 580 or newer will do");
   }
   check_cuda(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
   if (device < 0 || device >= devices) unserved("there are " + std::to_string(devices) + " CUDA devices");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "cudaDeviceGetAttribute");
   if (major != 9 || minor != 0) {
     cudaDeviceProp properties;
     check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
