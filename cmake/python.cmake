@@ -22,6 +22,12 @@ set_target_properties(flashomni_ffi PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH
 
 if(SKBUILD)
   install(TARGETS flashomni_ffi LIBRARY DESTINATION flashomni)
+  # What the first use of a GPU compiles (python/flashomni/jit/sources.py).
+  set(csrc flashomni/csrc)
+  install(DIRECTORY include/flashomni DESTINATION ${csrc}/include FILES_MATCHING PATTERN *.h)
+  install(DIRECTORY src/cuda DESTINATION ${csrc}/src FILES_MATCHING PATTERN *.cu PATTERN *.cuh PATTERN *.h
+          PATTERN *.map PATTERN *.options)
+  install(FILES src/core/error.cc src/core/tensor.cc DESTINATION ${csrc}/src/core)
 else()
   # A plain CMake build serves the checkout's own Python sources.
   set_target_properties(flashomni_ffi PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_SOURCE_DIR}/python/flashomni)

@@ -37,7 +37,7 @@ class BuildError(RuntimeError):
 def cache_folder() -> Path:
     """FLASHOMNI_CACHE_DIR, or flashomni in the user's cache folder."""
     if named := os.environ.get("FLASHOMNI_CACHE_DIR"):
-        return Path(named)
+        return Path(named).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashomni"
 
 
@@ -47,13 +47,8 @@ def extra_flags() -> list[str]:
 
 
 def key_of(sources: Sources, toolkit: Toolkit) -> str:
-    parts = [
-        sources.digest(),
-        *extra_flags(),
-        toolkit.identity,
-        str(toolkit.compiler),
-        toolkit.compiler_identity,
-    ]
+    compilers = [toolkit.identity, str(toolkit.compiler), toolkit.compiler_identity]
+    parts = [sources.digest, *extra_flags(), *compilers]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -102,12 +97,11 @@ def _build_into(cache: Path, key: str, sources: Sources, toolkit: Toolkit) -> Pa
     folder = Path(tempfile.mkdtemp(prefix=f"{key}.tmp-", dir=cache))
     try:
         begun = time.monotonic()
-        _say(
-            f"building the {source_files.BACKEND} backend with {toolkit.name}, once ({len(sources.units)} files)"
-        )
-        compile_plugin(sources, toolkit, folder, lambda done, total: _count(done, total))
+        units = len(sources.units)
+        _say(f"building the {source_files.BACKEND} backend with {toolkit.name}, once ({units} files)")
+        compile_plugin(sources, toolkit, folder, _count)
         seconds = time.monotonic() - begun
-        manifest = {"sources": sources.digest(), "nvcc": str(toolkit.nvcc), "seconds": round(seconds, 1)}
+        manifest = {"sources": sources.digest, "nvcc": str(toolkit.nvcc), "seconds": round(seconds, 1)}
         (folder / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
         folder.chmod(0o755)
         target = cache / key
@@ -139,7 +133,7 @@ def compile_plugin(
     """Compiles and links in `folder`, and leaves the plugin and LOG, the compilers' report, there."""
     root = sources.root
     common = [*toolkit.command, "--options-file", str(root / source_files.OPTIONS), *extra_flags()]
-    define = f'-DFLASHOMNI_SOURCES="{sources.digest()}"'
+    define = f'-DFLASHOMNI_SOURCES="{sources.digest}"'
     library = folder / source_files.LIBRARY
     objects = {name: folder / (name.replace("/", "_") + ".o") for name in sources.units}
     running = _Processes()

@@ -50,7 +50,7 @@ def state() -> State:
         found = sources.find()
         note = ""
         if path := _installed():
-            if sources.digest_of(path) == found.digest():
+            if sources.digest_of(path) == found.digest:
                 return State("installed", path, "built at install")
             note = f"; {path} is of other sources and is not used"
         tools = toolkit.find()
@@ -66,7 +66,7 @@ def locate() -> Path:
     if path := _given():
         return path
     found = sources.find()
-    if (path := _installed()) and sources.digest_of(path) == found.digest():
+    if (path := _installed()) and sources.digest_of(path) == found.digest:
         return path
     return build.build(found, toolkit.find())
 
@@ -74,8 +74,8 @@ def locate() -> Path:
 def ensure(index: int) -> None:
     """Sees to it that the plugin for CUDA device `index` is loaded; once a process, builds it if need be.
 
-    NotImplementedError for a GPU that no backend serves, RuntimeError where the plugin cannot be had or a CUDA
-    graph is being captured. Where FLASHOMNI_BACKEND names another backend nothing is loaded.
+    NotImplementedError for a GPU that no backend serves, RuntimeError where the plugin cannot be had or a
+    CUDA graph is being captured. Where FLASHOMNI_BACKEND names another backend nothing is loaded.
     """
     if os.environ.get("FLASHOMNI_BACKEND") not in (None, "", sources.BACKEND):
         return
@@ -87,7 +87,8 @@ def ensure(index: int) -> None:
         refuse_unserved(index)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "the CUDA backend is not loaded yet, and a graph is being captured: call flashomni.warmup() before"
+                "the CUDA backend is not loaded yet, and a graph is being captured: call flashomni.warmup() "
+                "before"
             )
         _native.load_plugin(locate())
 
@@ -104,12 +105,13 @@ def refuse_unserved(index: int) -> None:
     if capability != CAPABILITY:
         raise NotImplementedError(
             f"device: expected compute capability 9.0 (H100, H200), got cuda:{index}, "
-            f"{torch.cuda.get_device_name(index)}, {capability[0]}.{capability[1]}; on the CPU all operators run"
+            f"{torch.cuda.get_device_name(index)}, {capability[0]}.{capability[1]}; on the CPU all operators "
+            "run"
         )
 
 
 def warmup(device: Any = None) -> None:
-    """Builds and loads the CUDA backend now, not at the first operator: call it before capturing a CUDA graph.
+    """Builds and loads the CUDA backend now, not at the first operator: do so before capturing a CUDA graph.
 
     device: a CUDA device or its index; the current one unless given. Raises as operators on it would.
     """
@@ -128,7 +130,10 @@ def warmup(device: Any = None) -> None:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Every CUDA device that torch sees: index, name, capability, served ("yes", "no" or "once built"), reason."""
+    """Every CUDA device that torch sees: index, name, capability, served and reason.
+
+    served is "yes", "no" or "once built".
+    """
     import torch
 
     rows = []

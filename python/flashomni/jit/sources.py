@@ -24,11 +24,12 @@ class Sources:
     root: Path
     files: tuple[str, ...]  # relative to root, sorted
 
-    @property
+    @functools.cached_property
     def units(self) -> list[str]:
         """What is compiled, each by itself."""
         return [name for name in self.files if name.endswith(".cu") or name in _CORE]
 
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over the lines "<path> <SHA-256 of the file>"."""
         lines = (
@@ -60,7 +61,8 @@ def find() -> Sources:
         if (root / OPTIONS).is_file() and (root / "include/flashomni/plugin.h").is_file():
             return collect(root)
     raise RuntimeError(
-        f"the CUDA sources are not in {' nor in '.join(map(str, roots))}: reinstall flashomni from a wheel or checkout"
+        f"the CUDA sources are not in {' nor in '.join(map(str, roots))}: reinstall flashomni from a wheel "
+        "or a checkout"
     )
 
 

@@ -47,7 +47,7 @@ class Toolkit:
         return [f"-L{folder}"] if list(folder.glob("libcudart_static.a")) else []
 
 
-def _first_line(command: list[str]) -> str:
+def _output(command: list[str]) -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -81,7 +81,7 @@ def host_compiler() -> tuple[Path, str]:
     named = os.environ.get("NVCC_CCBIN") or os.environ.get("CXX")
     for name in (named,) if named else ("g++", "c++"):
         if found := shutil.which(name):
-            return Path(found), _first_line([found, "--version"]).partition("\n")[0]
+            return Path(found), _output([found, "--version"]).partition("\n")[0]
     raise ToolkitError(
         f"C++ compiler: expected one that runs as '{named or 'g++'}', got none: install g++"
         + (", or set CXX to the name of one" if named else "")
@@ -95,7 +95,7 @@ def find() -> Toolkit:
         if not path.is_file() or not os.access(path, os.X_OK):
             seen.append(f"{place}: no nvcc at {path}")
             continue
-        identity = _first_line([str(path), "--version"])
+        identity = _output([str(path), "--version"])
         version = _version(identity)
         if version is None:
             seen.append(f"{place}: {path} --version names no release")

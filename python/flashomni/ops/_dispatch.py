@@ -93,8 +93,9 @@ def invoke(function: str, like: Tensor, *arguments: Any) -> None:
 
 
 def _invoke_on_gpu(function: str, like: Tensor, arguments: tuple) -> None:
-    """The workspace comes from torch's allocator at each call and goes back at its end: so it follows the current
-    stream, and lies in a graph's own memory under capture. Its size is remembered for the next call alike.
+    """The workspace comes from torch's allocator at each call and goes back at its end: so it follows the
+    current stream, and lies in a graph's own memory under capture. Its size is remembered for the next call
+    alike.
     """
     index = like.get_device()
     if like.is_cuda and index not in _ready:
