@@ -20,22 +20,24 @@ struct RingBarriers {
 
 /// One warp's place in a ring. Every warp that uses a ring visits every slot in order.
 template <int kSlots>
-struct RingCursor {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++slot == kSlots) slot = 0, phase ^= 1;
-  }
-  __device__ void wait_full(RingBarriers<kSlots>& ring) const { ptx_ops::wait_parity(ring.full[slot], phase); }
-  __device__ void wait_full_relaxed(RingBarriers<kSlots>& ring) const {
-    ptx_ops::wait_parity_relaxed(ring.full[slot], phase);
-  }
+class RingCursor {
+ public:
+  __device__ int slot() const { return at_ >= kSlots ? at_ - kSlots : at_; }
+  __device__ void advance() { at_ = at_ == 2 * kSlots - 1 ? 0 : at_ + 1; }
+  __device__ void wait_full(RingBarriers<kSlots>& ring) const { ptx_ops::wait_parity(ring.full[slot()], phase()); }
   __device__ void wait_empty(RingBarriers<kSlots>& ring) const {
-    ptx_ops::wait_parity(ring.empty[slot], phase ^ 1);
+    ptx_ops::wait_parity(ring.empty[slot()], phase() ^ 1);
   }
   __device__ void wait_empty_relaxed(RingBarriers<kSlots>& ring) const {
-    ptx_ops::wait_parity_relaxed(ring.empty[slot], phase ^ 1);
+    ptx_ops::wait_parity_relaxed(ring.empty[slot()], phase() ^ 1);
   }
+  __device__ bool is_empty(RingBarriers<kSlots>& ring) const {
+    return ::cuda::ptx::mbarrier_test_wait_parity(&ring.empty[slot()], phase() ^ 1);
+  }
+
+ private:
+  __device__ uint32_t phase() const { return at_ >= kSlots; }
+  int at_ = 0;  // of two turns round the ring: one register holds slot and phase
 };
 
 }  // namespace flashomni::cuda::sm90

@@ -54,6 +54,7 @@ struct Tile {
   int q_block, head, batch;
   int q_row, rows;  // first row in the tensors, valid rows
   int kv_row;       // of the sequence's first key
+  int q_tokens, kv_tokens;  // of the sequence
 };
 
 /// Added to the scores of a step: 0, -inf where there is no key, a summary's weight; and the causal limit.
@@ -81,7 +82,8 @@ struct AttentionConfig {
   static constexpr bool kMovesRegisters = kConsumers == 2;
   static constexpr int kThreads = 128 * kConsumers + (kMovesRegisters ? 128 : 64);
   static constexpr int kStoreThreads = 128 * kConsumers + 32;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = kHeadDim == 64 ? 72 : kHeadDim == 96 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kHeadDim == 64 ? 216 : kHeadDim == 96 ? 224 : 232;
 
   // Shared-memory plan.
   struct alignas(1024) Shared {

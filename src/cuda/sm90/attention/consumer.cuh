@@ -48,13 +48,13 @@ struct Consumer {
 
   // ---- tiles ----
   struct Work {
-    int steps, masked, slot;
-    bool part;
+    int steps, slot;
   };
+  __device__ const Tile& tile_of(const Work& work) const { return shared.tile[work.slot]; }
+  __device__ bool is_part(const Work& work) const { return tile_of(work).parts > 1; }
   __device__ Work next_work() {
     tiles.wait_full(shared.tiles);
-    const auto& tile = shared.tile[tiles.slot];
-    const Work work{tile.steps, tile.masked, tiles.slot, tile.parts > 1};
+    const Work work{shared.tile[tiles.slot()].steps, tiles.slot()};
     tiles.advance();
     return work;
   }
@@ -71,9 +71,9 @@ struct Consumer {
   __device__ int issue_scores() {
     blocks.wait_full(shared.blocks);
     const uint32_t q =
-        ptx_ops::descriptor_reduction_major(ptx_ops::shared_address(shared.query[queries.slot][id]));
+        ptx_ops::descriptor_reduction_major(ptx_ops::shared_address(shared.query[queries.slot()][id]));
     const uint32_t k =
-        ptx_ops::descriptor_reduction_major(ptx_ops::shared_address(shared.ring[blocks.slot]));
+        ptx_ops::descriptor_reduction_major(ptx_ops::shared_address(shared.ring[blocks.slot()]));
     wait_turn();
     ptx_ops::wgmma_fence();
 #pragma unroll
@@ -88,7 +88,7 @@ struct Consumer {
   __device__ int issue_output(const Fragments& probabilities, bool accumulate) {
     blocks.wait_full(shared.blocks);
     const uint32_t v =
-        ptx_ops::descriptor_mn_major(ptx_ops::shared_address(shared.ring[blocks.slot]), kKvPanel);
+        ptx_ops::descriptor_mn_major(ptx_ops::shared_address(shared.ring[blocks.slot()]), kKvPanel);
     ptx_ops::wgmma_fence();
 #pragma unroll
     for (int c = 0; c < kKeyChunks; ++c)
@@ -99,7 +99,7 @@ struct Consumer {
   }
 
   __device__ int next_slot() {
-    const int slot = blocks.slot;
+    const int slot = blocks.slot();
     blocks.advance();
     return slot;
   }
@@ -119,34 +119,42 @@ struct Consumer {
   }
 
   // ---- epilogue ----
-  __device__ void write_lse(const Work& work, const LazySoftmax<Element>& of) {
+  __device__ void write_lse(const Work& work) {
     if (p.lse == nullptr || lane % 4 != 0) return;
-    const auto& tile = shared.tile[work.slot];
+    const Tile& tile = tile_of(work);
     float* lse = p.lse + tile.batch * p.lse_batch_stride + tile.head * p.lse_head_stride;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = tile_row() + 8 * r;
       if (row < tile.rows)
         lse[(tile.q_row + row) * p.lse_token_stride] =
-            of.row_sum[r] == 0 ? -INFINITY : of.shift[r] + log2f(of.row_sum[r]);
+            softmax.row_sum[r] == 0 ? -INFINITY : softmax.shift[r] + log2f(softmax.row_sum[r]);
     }
+  }
+
+  // What the output's rows are multiplied by.
+  struct Inverse {
+    float of[2];
+  };
+  // Ends a tile's softmax. Its last product may still be in flight.
+  __device__ Inverse close(const Work& work) {
+    softmax.finish();
+    write_lse(work);
+    return {softmax.row_sum[0] == 0 ? 0 : 1 / softmax.row_sum[0],
+            softmax.row_sum[1] == 0 ? 0 : 1 / softmax.row_sum[1]};
   }
 
   // The output goes to the query buffer of its tile, which only this warpgroup reads and no longer needs. The
   // accumulators are left as they are: scaled in place while a product is in flight, they would make ptxas
   // serialise it (C7513).
-  __device__ void finish(const Work& work, int slot, LazySoftmax<Element>& of) {
-    of.finish();
-    write_lse(work, of);
-    const float inverse[2] = {of.row_sum[0] == 0 ? 0 : 1 / of.row_sum[0],
-                              of.row_sum[1] == 0 ? 0 : 1 / of.row_sum[1]};
+  __device__ void write_output(const Work& work, int slot, const Inverse& inverse) {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       uint32_t packed[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        packed[i] = ptx_ops::pack<Element>(output[8 * k + 2 * i] * inverse[i % 2],
-                                           output[8 * k + 2 * i + 1] * inverse[i % 2]);
+        packed[i] = ptx_ops::pack<Element>(output[8 * k + 2 * i] * inverse.of[i % 2],
+                                           output[8 * k + 2 * i + 1] * inverse.of[i % 2]);
       ptx_ops::stmatrix_x4(matrix_address(slot, k), packed[0], packed[1], packed[2], packed[3]);
     }
     output_staged(work, slot);
@@ -155,13 +163,13 @@ struct Consumer {
     queries.wait_full(shared.queries);
     softmax.shift[0] = softmax.shift[1] = -INFINITY;
     softmax.row_sum[0] = softmax.row_sum[1] = 0;
-    if (work.part) {
+    if (is_part(work)) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0;
       finish_part(work, slot);
       return;
     }
-    write_lse(work, softmax);
+    write_lse(work);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) ptx_ops::stmatrix_x4(matrix_address(slot, k), 0, 0, 0, 0);
     output_staged(work, slot);
@@ -171,7 +179,7 @@ struct Consumer {
   // the parts up and writes the rows.
   __device__ void finish_part(const Work& work, int slot) {
     constexpr int kVectors = kHeadDim / 8;  // float4 of output a thread; one more holds shifts and row sums
-    const Tile& tile = shared.tile[work.slot];
+    const Tile& tile = tile_of(work);
     const int parts = tile.parts, thread = 32 * warp + lane;
     const auto vectors_of = [&](int part) {
       return p.parts + (int64_t(tile.split * parts + part) * Config::kConsumers + id) * (kVectors + 1) * 128 + thread;
@@ -190,7 +198,7 @@ struct Consumer {
     if (arrived == parts - 1) {
       __threadfence();
       add_parts(parts, vectors_of);
-      write_lse(work, softmax);
+      write_lse(work);
       write_rows(tile);
     }
     output_staged(work, slot);
@@ -248,7 +256,7 @@ struct Consumer {
   // ---- softmax ----
   __device__ void apply_mask() {
     masks.wait_full(shared.masks);
-    const auto& mask = shared.mask[masks.slot];
+    const auto& mask = shared.mask[masks.slot()];
     const int limit[2] = {mask.limit[0] + tile_row(), mask.limit[1] + tile_row()};
 #pragma unroll
     for (int i = 0; i < kStep / 2; ++i) {
@@ -258,7 +266,7 @@ struct Consumer {
       scores[i] = seen ? scores[i] + bias : -INFINITY;  // where there is no key the score may be NaN
     }
     __syncwarp();
-    if (lane == 0) ptx_ops::arrive(shared.masks.empty[masks.slot]);
+    if (lane == 0) ptx_ops::arrive(shared.masks.empty[masks.slot()]);
     masks.advance();
   }
 
@@ -266,9 +274,9 @@ struct Consumer {
   __device__ void first_softmax(bool masked, Fragments& probabilities) {
     if (kMaybeMasked && masked) apply_mask();
     softmax.start(scores, p.scale_log2);
-    softmax.template exponentiate<kMaybeMasked>(scores, p.scale_log2, probabilities);
-    softmax.complete_here();
-    softmax.accept();
+    const auto sums = softmax.template exponentiate<kMaybeMasked>(scores, p.scale_log2, probabilities);
+    sums.complete_here();
+    softmax.accept(sums);
   }
 
   // ---- the loop ----
@@ -293,17 +301,17 @@ struct Consumer {
   __device__ void finish_step(Fragments& next, int k_slot, int v_slot) {
     scores_ready<1>(k_slot);
     if constexpr (kMasked) apply_mask();
-    softmax.template exponentiate<false>(scores, p.scale_log2, next);
+    auto sums = softmax.template exponentiate<false>(scores, p.scale_log2, next);
     // This branch also keeps ptxas from hoisting the wait below above the exponentials.
-    if (softmax.outgrown()) [[unlikely]] {
+    if (sums.outgrown()) [[unlikely]] {
       ptx_ops::wgmma_wait<0>();
       ptx_ops::pin(output);
       float factor[2];
       softmax.raise(scores, p.scale_log2, factor);
       scale_rows(output, factor);
-      softmax.template exponentiate<false>(scores, p.scale_log2, next);
+      sums = softmax.template exponentiate<false>(scores, p.scale_log2, next);
     }
-    softmax.accept();
+    softmax.accept(sums);
     ptx_ops::pin(next);
     output_ready(v_slot);
   }
@@ -322,18 +330,17 @@ struct Consumer {
     float factor[2];
     softmax.raise(scores, p.scale_log2, factor);
     scale_rows(output, factor);
-    softmax.template exponentiate<true>(scores, p.scale_log2, probabilities);
-    softmax.accept();
+    softmax.accept(softmax.template exponentiate<true>(scores, p.scale_log2, probabilities));
     ptx_ops::pin(probabilities);
   }
 
   // The steps from n on of a tile whose probabilities so far lie in `even`, where they lie afterwards.
   __device__ void remaining_steps(const Work& work, int n) {
-    if (work.masked == work.steps) {
+    const int whole = work.steps - tile_of(work).masked;
+    if (whole == 0) {
       for (; n < work.steps; ++n) careful_step(even, n > 1);
       return;
     }
-    const int whole = work.steps - work.masked;
     for (; n + 1 < whole; n += 2) {
       step<false>(even, odd, n > 1);
       step<false>(odd, even, true);
@@ -353,7 +360,7 @@ struct Consumer {
     Work work = next_work();
     while (work.steps != kNoMoreTiles) {
       if (work.steps == 0) {
-        finish_empty(work, queries.slot);
+        finish_empty(work, queries.slot());
         queries.advance();
         work = next_work();
         continue;
@@ -362,19 +369,20 @@ struct Consumer {
       const int k_slot = issue_scores();
       pass_turn();
       scores_ready<0>(k_slot);
-      first_softmax<true>(work.masked == work.steps, even);
+      first_softmax<true>(work.steps == tile_of(work).masked, even);
 
       for (int n = 1;;) {
         remaining_steps(work, n);
         const Work next = next_work();
-        const int slot = queries.slot;
+        const int slot = queries.slot();
         queries.advance();
-        if (!Config::kOverlapsTiles || work.part || next.steps <= next.masked) {
+        const int next_whole = next.steps - tile_of(next).masked;
+        if (!Config::kOverlapsTiles || is_part(work) || next_whole <= 0) {
           wait_turn();
           const int v_slot = issue_output(even, work.steps > 1);
           pass_turn();
           output_ready(v_slot);
-          work.part ? finish_part(work, slot) : finish(work, slot, softmax);
+          is_part(work) ? finish_part(work, slot) : write_output(work, slot, close(work));
           work = next;
           break;
         }
@@ -383,16 +391,16 @@ struct Consumer {
         queries.wait_full(shared.queries);
         const int k_slot = issue_scores(), v_slot = issue_output(even, work.steps > 1);
         pass_turn();
+        const Inverse inverse = close(work);
         scores_ready<1>(k_slot);
-        LazySoftmax<Element> finished = softmax;
         first_softmax<false>(false, odd);
         output_ready(v_slot);
-        if (next.steps - next.masked == 1) {
-          finish(work, slot, finished);
+        if (next_whole == 1) {
+          write_output(work, slot, inverse);
           ptx_ops::move_registers(even, odd);
           n = 1;
         } else {
-          second_step(odd, even, [&] { finish(work, slot, finished); });
+          second_step(odd, even, [&] { write_output(work, slot, inverse); });
           n = 2;
         }
         work = next;

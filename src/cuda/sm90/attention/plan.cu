@@ -34,7 +34,7 @@ struct Group {
   __device__ int selected(int tile) const {
     const int head = first_head + tile / q_blocks, q_block = tile % q_blocks;
     if (!(problem.cache.word(batch, int64_t(q_block) * problem.heads + head) & 1)) return -1;
-    const TileBlocks blocks(problem, sequence, batch, head, q_block);
+    const TileBlocks blocks(problem, sequence.q_tokens, sequence.kv_tokens, batch, head, q_block);
     const int words = blocks.words();
     int count = 0;
 #pragma unroll 4

@@ -67,22 +67,26 @@ struct Problem {
 /// The KV blocks of one tile (a query block of a head) as words of bits.
 struct TileBlocks {
   int batch, kv_blocks, visible, whole;  // blocks that exist, that causal lets be seen, that all rows see whole
-  int kv_tokens, diagonal;  // last key position that the tile's first row sees, if causal
+  int diagonal;  // last key position that the tile's first row sees, if causal
   int64_t first_bit;
 
-  __device__ TileBlocks(const Problem& p, const Sequence& s, int b, int head, int q_block)
-      : batch(b), kv_tokens(s.kv_tokens) {
-    kv_blocks = (s.kv_tokens + p.block_kv - 1) / p.block_kv;
+  __device__ TileBlocks(const Problem& p, int q_tokens, int kv_tokens, int batch, int head, int q_block)
+      : batch(batch) {
+    kv_blocks = (kv_tokens + p.block_kv - 1) / p.block_kv;
     first_bit = (int64_t(q_block) * p.heads + head) * kv_blocks;
-    const int first_row = q_block * p.block_q, last_row = min(first_row + p.block_q, s.q_tokens) - 1;
-    diagonal = first_row + s.kv_tokens - s.q_tokens;
-    visible = kv_blocks, whole = s.kv_tokens / p.block_kv;
+    const int first_row = q_block * p.block_q, last_row = min(first_row + p.block_q, q_tokens) - 1;
+    diagonal = first_row + kv_tokens - q_tokens;
+    visible = kv_blocks, whole = kv_tokens / p.block_kv;
     if (p.causal) {
-      const int last_seen = last_row + s.kv_tokens - s.q_tokens;
+      const int last_seen = last_row + kv_tokens - q_tokens;
       visible = (max(last_seen + 1, 0) + p.block_kv - 1) / p.block_kv;
       whole = min(whole, max(diagonal + 1, 0) / p.block_kv);
     }
   }
+  /// Of what the manager published.
+  template <class Tile>
+  __device__ TileBlocks(const Problem& p, const Tile& tile)
+      : TileBlocks(p, tile.q_tokens, tile.kv_tokens, tile.batch, tile.head, tile.q_block) {}
   __device__ int words() const { return (kv_blocks + kBitsAWord - 1) / kBitsAWord; }
   /// The selected blocks among [32 w, 32 w + 32).
   __device__ uint32_t selected(const Problem& p, int w) const {

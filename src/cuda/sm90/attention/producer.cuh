@@ -21,16 +21,12 @@ struct Manager {
   RingCursor<Config::kTileSlots> published, stored;
   RingCursor<Config::kQuerySlots> queries;
   int claimed = blockIdx.x;  // the next work to publish
-  // Lane r: where region r's items begin in the list, and how many tiles come before its end.
-  int base = 0, end = 0;
-  int tiles = 0;
   Split split{0, 0, 1};
 
   __device__ Manager(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
 
   __device__ void run() {
-    survey();
-    const int work = split.work(tiles);
+    const int work = survey();
     int waiting = 0;  // tiles published and not yet stored
     for (bool more = true; more || waiting > 0;) {
       while (more && waiting < Config::kTileSlots) {
@@ -43,34 +39,39 @@ struct Manager {
     if (leader) ::cuda::ptx::cp_async_bulk_wait_group(::cuda::ptx::n32_t<0>{});
   }
 
-  /// Reads how much work each region of the list holds.
-  __device__ void survey() {
-    Region region{0, 0};
-    if (lane < p.grouping.regions) {
-      region = p.control->region[lane];
-      base = p.grouping.base(p.problem, lane);
-    }
-    end = region.items;
+  /// Lane r gets what region r of the list holds. Returns how many tiles come before the region's end.
+  __device__ int region_end(Region& region) const {
+    region = lane < p.grouping.regions ? p.control->region[lane] : Region{0, 0};
+    int end = region.items;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int before = __shfl_up_sync(ptx_ops::kWholeWarp, end, distance);
       if (lane >= distance) end += before;
     }
-    base -= end - region.items;
-    tiles = __shfl_sync(ptx_ops::kWholeWarp, end, 31);
+    return end;
+  }
+
+  /// Decides how tiles are split; returns the number of tiles and parts in all.
+  __device__ int survey() {
+    Region region;
+    const int tiles = __shfl_sync(ptx_ops::kWholeWarp, region_end(region), 31);
     const float blocks = __reduce_add_sync(ptx_ops::kWholeWarp, region.blocks);
     const int steps = static_cast<int>(blocks / max(tiles, 1) * p.problem.block_kv / Config::kStep);
     split = Split(tiles, steps, gridDim.x);
+    return split.work(tiles);
   }
 
+  /// The list is short and stays in the L1 cache: to look again is cheaper than to keep registers.
   __device__ Item item(int tile) const {
-    const int region = __ffs(__ballot_sync(ptx_ops::kWholeWarp, tile < end)) - 1;
-    return p.items[__shfl_sync(ptx_ops::kWholeWarp, base, region) + tile];
+    Region region;
+    const int end = region_end(region), mine = __ffs(__ballot_sync(ptx_ops::kWholeWarp, tile < end)) - 1;
+    const int before = __shfl_sync(ptx_ops::kWholeWarp, end - region.items, mine);
+    return p.items[p.grouping.base(p.problem, mine) + tile - before];
   }
 
   __device__ void publish(bool more) {
     published.wait_empty_relaxed(shared.tiles);
-    Tile& tile = shared.tile[published.slot];
+    Tile& tile = shared.tile[published.slot()];
     if (more) {
       const int beyond = max(claimed - split.whole, 0);
       const bool is_part = claimed >= split.whole;
@@ -80,7 +81,7 @@ struct Manager {
     } else {
       tile.steps = kNoMoreTiles, tile.masked = 0;
     }
-    ptx_ops::arrive(shared.tiles.full[published.slot]);
+    ptx_ops::arrive(shared.tiles.full[published.slot()]);
     published.advance();
     if (!more) return;
     if (lane == 0) claimed = gridDim.x + atomicAdd(&p.control->next, 1);
@@ -90,7 +91,7 @@ struct Manager {
   __device__ void describe(Tile& tile, Item item, int part, int parts, int split_tile) {
     const int batch = item.batch_head / p.problem.heads, head = item.batch_head % p.problem.heads;
     const Sequence sequence = p.problem.sequence(batch);
-    const TileBlocks blocks(p.problem, sequence, batch, head, item.q_block);
+    const TileBlocks blocks(p.problem, sequence.q_tokens, sequence.kv_tokens, batch, head, item.q_block);
     int masked = 0, whole = 0, skipped = 0;
     for (int w = lane; w < blocks.words(); w += 32) {
       const uint32_t selected = blocks.selected(p.problem, w), partial = blocks.partial(p.problem, w);
@@ -120,14 +121,15 @@ struct Manager {
     tile.q_block = item.q_block, tile.head = head, tile.batch = batch;
     tile.rows = min(sequence.q_tokens - item.q_block * Config::kBlockQ, Config::kBlockQ);
     tile.q_row = sequence.q_row + item.q_block * Config::kBlockQ, tile.kv_row = sequence.kv_row;
+    tile.q_tokens = sequence.q_tokens, tile.kv_tokens = sequence.kv_tokens;
   }
 
   /// Sends the oldest unstored tile's output off, and gives its query buffer back.
   __device__ void store() {
-    const auto& tile = shared.tile[stored.slot];
+    const auto& tile = shared.tile[stored.slot()];
     const int row = tile.q_row, rows = tile.rows, head = tile.head, batch = ragged ? 0 : tile.batch;
     const bool whole = tile.parts == 1;  // of a split tile, a consumer writes the output
-    ptx_ops::named_barrier_sync(kOutputStaged0 + queries.slot, Config::kStoreThreads);
+    ptx_ops::named_barrier_sync(kOutputStaged0 + queries.slot(), Config::kStoreThreads);
     if (!whole) {
     } else if (ragged && rows < Config::kBlockQ) {
       store_rows(row, rows, head);
@@ -137,13 +139,13 @@ struct Manager {
         for (int panel = 0; panel < Config::kPanels; ++panel)
           ptx_ops::tma_store(
               &p.out,
-              ptx_ops::shared_address(shared.query[queries.slot][i]) + panel * Config::kConsumerRows * 128,
+              ptx_ops::shared_address(shared.query[queries.slot()][i]) + panel * Config::kConsumerRows * 128,
               {64 * panel, row + i * Config::kConsumerRows, head, batch});
       ::cuda::ptx::cp_async_bulk_commit_group();
       ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{});
     }
     __syncwarp();
-    if (leader) ptx_ops::arrive(shared.queries.empty[queries.slot]);
+    if (leader) ptx_ops::arrive(shared.queries.empty[queries.slot()]);
     queries.advance();
     stored.advance();
   }
@@ -153,7 +155,7 @@ struct Manager {
     using Chunk = uint4;  // 8 columns
     for (int row = 0; row < rows; ++row) {
       if (8 * lane >= p.head_dim) continue;
-      const auto* buffer = reinterpret_cast<const Chunk*>(shared.query[queries.slot][row / Config::kConsumerRows]);
+      const auto* buffer = reinterpret_cast<const Chunk*>(shared.query[queries.slot()][row / Config::kConsumerRows]);
       const int r = row % Config::kConsumerRows;
       const Chunk chunk = buffer[(lane / 8 * Config::kConsumerRows + r) * 8 + ((lane % 8) ^ (r % 8))];
       const int64_t at = (first_row + row) * p.out_token_stride + head * p.out_head_stride + 8 * lane;
@@ -169,14 +171,15 @@ template <class Config>
 struct Pieces {
   static constexpr int kChunk = 32;  // words
   const Problem& problem;
-  const TileBlocks& blocks;
+  const Tile& tile;
   bool partial = false;
-  int chunk, half = 0, block = 0;
+  int chunk = -1, half = 0, block = 0;        // chunk: of the bits that `words` holds; half: pieces left of block
   uint32_t words = 0, word = 0, waiting = 0;  // this lane's word; the current word; a bit a word still to come
   int base = 0;                               // first block of the current word
 
-  __device__ Pieces(const Problem& problem, const TileBlocks& blocks)
-      : problem(problem), blocks(blocks), chunk((blocks.words() + kChunk - 1) / kChunk) {}
+  __device__ Pieces(const Problem& problem, const Tile& tile) : problem(problem), tile(tile) {
+    chunk = chunks(TileBlocks(problem, tile));
+  }
 
   /// The position of the next piece in its sequence. There must be one.
   __device__ int next() {
@@ -196,8 +199,10 @@ struct Pieces {
   }
 
  private:
+  __device__ static int chunks(const TileBlocks& blocks) { return (blocks.words() + kChunk - 1) / kChunk; }
   __device__ void fetch() {
-    if (chunk == 0) partial = true, chunk = (blocks.words() + kChunk - 1) / kChunk;
+    const TileBlocks blocks(problem, tile);
+    if (chunk == 0) partial = true, chunk = chunks(blocks);
     --chunk;
     const int w = chunk * kChunk + threadIdx.x % 32;
     words = 0;
@@ -240,7 +245,7 @@ struct Loader {
   __device__ bool two_runs() const { return p.problem.block_kv < kStep; }
 
   __device__ void copy(const CUtensorMap& map, const Step& step, uint64_t& barrier) {
-    const uint32_t to = ptx_ops::shared_address(shared.ring[blocks.slot]);
+    const uint32_t to = ptx_ops::shared_address(shared.ring[blocks.slot()]);
     ptx_ops::arrive_expect_bytes(barrier, Config::kStepBytes);
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
@@ -254,7 +259,7 @@ struct Loader {
 
   __device__ void load_k(const Step& step) {
     blocks.wait_empty(shared.blocks);
-    if (leader) copy(step.summary ? p.k_mean : p.k, step, shared.blocks.full[blocks.slot]);
+    if (leader) copy(step.summary ? p.k_mean : p.k, step, shared.blocks.full[blocks.slot()]);
     blocks.advance();
   }
 
@@ -263,7 +268,7 @@ struct Loader {
     if (!has_pending) return;
     has_pending = false;
     blocks.wait_empty(shared.blocks);
-    uint64_t& full = shared.blocks.full[blocks.slot];
+    uint64_t& full = shared.blocks.full[blocks.slot()];
     if (leader) copy(pending.summary ? p.v_mean : p.v, pending, pending.dirty ? shared.landing : full);
     if (pending.dirty) {
       // A probability of 0 does not silence a NaN: V is handed on when its slots without keys are zero.
@@ -278,7 +283,7 @@ struct Loader {
     blocks.advance();
   }
   __device__ void zero_rows(int first, int last) {
-    uint32_t* words = reinterpret_cast<uint32_t*>(shared.ring[blocks.slot]);
+    uint32_t* words = reinterpret_cast<uint32_t*>(shared.ring[blocks.slot()]);
     for (int panel = 0; panel < kPanels; ++panel)
       for (int row = first; row < last; ++row) words[(panel * kStep + row) * 32 + lane] = 0;
   }
@@ -286,25 +291,26 @@ struct Loader {
   __device__ void load_query(const Tile& tile) {
     queries.wait_empty(shared.queries);
     if (leader) {
-      uint64_t& full = shared.queries.full[queries.slot];
+      uint64_t& full = shared.queries.full[queries.slot()];
       ptx_ops::arrive_expect_bytes(full, Config::kQueryBytes);
       const int batch = p.problem.q_indptr != nullptr ? 0 : tile.batch;
       for (int i = 0; i < Config::kConsumers; ++i)
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel)
           ptx_ops::tma_load(
-              ptx_ops::shared_address(shared.query[queries.slot][i]) + panel * Config::kConsumerRows * 128, &p.q,
+              ptx_ops::shared_address(shared.query[queries.slot()][i]) + panel * Config::kConsumerRows * 128, &p.q,
               full, {64 * panel, tile.q_row + i * Config::kConsumerRows, tile.head, batch}, ptx_ops::kEvictFirst);
     }
     queries.advance();
   }
-  /// The next tile's, as soon as the tile before this one can have left its buffer: in this one's second step.
-  __device__ void load_next_query() {
+  /// The next tile's, once the tile before this one has left its buffer: that is in this one's second step.
+  __device__ void try_next_query() {
+    if (!Config::kOverlapsTiles || has_query || !queries.is_empty(shared.queries)) return;
     RingCursor<Config::kTileSlots> next = tiles;
     next.advance();
     next.wait_full(shared.tiles);
-    if (shared.tile[next.slot].steps == kNoMoreTiles) return;
-    load_query(shared.tile[next.slot]);
+    if (shared.tile[next.slot()].steps == kNoMoreTiles) return;
+    load_query(shared.tile[next.slot()]);
     has_query = true;
   }
 
@@ -312,51 +318,51 @@ struct Loader {
   template <class Bias>
   __device__ void publish_mask(Bias bias, int limit0, int limit1) {
     masks.wait_empty(shared.masks);
-    auto& mask = shared.mask[masks.slot];
+    auto& mask = shared.mask[masks.slot()];
 #pragma unroll
     for (int column = lane; column < kStep; column += 32) mask.bias[column] = bias(column);
     if (lane == 0) mask.limit[0] = limit0, mask.limit[1] = limit1;
-    ptx_ops::arrive(shared.masks.full[masks.slot]);
+    ptx_ops::arrive(shared.masks.full[masks.slot()]);
     masks.advance();
   }
 
-  __device__ int block_length(const TileBlocks& of, int block) const {
+  __device__ int block_length(const Tile& of, int block) const {
     const int slots = min(of.kv_tokens - block * p.problem.block_kv, p.problem.block_kv);
     return p.problem.block_len != nullptr ? min(max(p.problem.block_len[block], 0), slots) : slots;
   }
   /// Keys in the piece at `position`.
-  __device__ int piece_length(const TileBlocks& of, int position) const {
+  __device__ int piece_length(const Tile& of, int position) const {
     const int block = position / p.problem.block_kv, within = position % p.problem.block_kv;
     return min(max(block_length(of, block) - within, 0), run_rows());
   }
 
-  __device__ void mask_summaries(const TileBlocks& of, int first_block) {
+  __device__ void mask_summaries(const Tile& tile, int first_block) {
+    const TileBlocks of(p.problem, tile);
     const auto bias = [&](int column) {
       const int block = first_block + column;
       if (block >= of.kv_blocks || (of.selected(p.problem, block / kBitsAWord) >> block % kBitsAWord & 1))
         return -INFINITY;
-      const int length = block_length(of, block);
+      const int length = block_length(tile, block);
       return length > 0 ? log2f(length) / p.scale_log2 : -INFINITY;
     };
     publish_mask(bias, kEverythingSeen, kEverythingSeen);
   }
 
-  __device__ void mask_blocks(const TileBlocks& of, const Step& step, int position0, int position1) {
+  __device__ void mask_blocks(const Tile& tile, const Step& step, int position0, int position1) {
+    const int diagonal = TileBlocks(p.problem, tile).diagonal;
     const auto bias = [&](int column) {
       const bool second = two_runs() && column >= kStep / 2;
       return column - (second ? kStep / 2 : 0) < (second ? step.valid[1] : step.valid[0]) ? 0.0f : -INFINITY;
     };
-    const int limit0 = p.problem.causal ? of.diagonal - position0 : kEverythingSeen;
-    const int limit1 = two_runs() ? of.diagonal - position1 : limit0 - 64;
+    const int limit0 = p.problem.causal ? diagonal - position0 : kEverythingSeen;
+    const int limit1 = two_runs() ? diagonal - position1 : limit0 - 64;
     publish_mask(bias, limit0, p.problem.causal ? limit1 : kEverythingSeen);
   }
 
   __device__ void walk(const Tile& tile) {
     const bool ragged = p.problem.q_indptr != nullptr;
     const int batch = ragged ? 0 : tile.batch;
-    const Sequence sequence = p.problem.sequence(tile.batch);
-    const TileBlocks of(p.problem, sequence, tile.batch, tile.head, tile.q_block);
-    Pieces<Config> pieces(p.problem, of);
+    Pieces<Config> pieces(p.problem, tile);
     const int pieces_before = min(tile.first * (two_runs() ? 2 : 1), tile.pieces);
     for (int i = 0; i < pieces_before; ++i) pieces.next();
     int left = tile.pieces - pieces_before;
@@ -368,7 +374,7 @@ struct Loader {
       step.summary = summary >= 0, step.dirty = false;
       if (step.summary) {
         step.row[0] = (summaries_before + summary) * kStep, step.row[1] = step.row[0] + kStep / 2;
-        mask_summaries(of, step.row[0]);
+        mask_summaries(tile, step.row[0]);
       } else {
         const int position0 = pieces.next();
         const bool lone = --left == 0;  // the last of an odd number: beside it any keys, none of which counts
@@ -376,10 +382,10 @@ struct Loader {
         if (two_runs() && !lone) position1 = pieces.next(), --left;
         step.row[0] = tile.kv_row + position0, step.row[1] = tile.kv_row + position1;
         if (n >= tile.steps - tile.masked) {
-          step.valid[0] = piece_length(of, position0);
-          step.valid[1] = lone ? 0 : piece_length(of, position1);
+          step.valid[0] = piece_length(tile, position0);
+          step.valid[1] = lone ? 0 : piece_length(tile, position1);
           step.dirty = ragged || p.problem.block_len != nullptr;
-          mask_blocks(of, step, position0, position1);
+          mask_blocks(tile, step, position0, position1);
         }
       }
       load_k(step);
@@ -387,14 +393,14 @@ struct Loader {
       if (n == 0 && !has_query) load_query(tile);
       if (n == 0) has_query = false;
       pending = step, has_pending = true;
-      if (Config::kOverlapsTiles && n == min(3, tile.steps - 1)) load_next_query();
+      try_next_query();
     }
   }
 
   __device__ void run() {
     for (;; tiles.advance()) {
       tiles.wait_full(shared.tiles);
-      const Tile& tile = shared.tile[tiles.slot];
+      const Tile& tile = shared.tile[tiles.slot()];
       if (tile.steps == kNoMoreTiles) return load_pending_v();
       // Where the consumers do not overlap two tiles, they want the first one's V before the second one's K.
       if (!Config::kOverlapsTiles || after_part || tile.steps == tile.masked) load_pending_v();
@@ -406,7 +412,7 @@ struct Loader {
         walk(tile);
       }
       __syncwarp();
-      if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot]);
+      if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
     }
   }
 };

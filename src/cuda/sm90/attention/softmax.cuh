@@ -27,7 +27,19 @@ struct LazySoftmax {
   static constexpr float kLimit = std::is_same_v<Element, __half> ? 0x1p15f : 0x1p40f;
   float shift[2];    // in units of log2: exp2(s * scale - shift)
   float row_sum[2];  // this thread's share until finish()
-  float step_sum[2];
+
+  /// A step's sums of exponentials, this thread's share.
+  struct Sums {
+    float of[2];
+    __device__ bool outgrown() const {  // true for NaN too
+      return __any_sync(ptx_ops::kWholeWarp, !(fmaxf(of[0], of[1]) <= kLimit));
+    }
+    // ptxas hoists a wait for a product above arithmetic that does not need it, which would put the softmax
+    // after the product instead of under it. A branch that needs the sums, never taken, holds it back.
+    __device__ void complete_here() const {
+      if (of[0] + of[1] < 0) __trap();
+    }
+  };
 
   template <int kCount>
   __device__ void start(const float (&s)[kCount], float scale) {
@@ -39,7 +51,7 @@ struct LazySoftmax {
   /// The accumulator fragment of the scores, rounded, is the A fragment of the next product. The scores are
   /// kept. kMasked: a shift of -inf gives probabilities of 0; otherwise a sum of inf, which asks for raise().
   template <bool kMasked, int kSteps>
-  __device__ void exponentiate(const float (&s)[8 * kSteps], float scale, uint32_t (&p)[kSteps][4]) {
+  __device__ Sums exponentiate(const float (&s)[8 * kSteps], float scale, uint32_t (&p)[kSteps][4]) {
     float sum[2][2] = {}, by[2] = {shift[0], shift[1]};
     if constexpr (kMasked) {
       if (by[0] == -INFINITY) by[0] = 0;
@@ -55,18 +67,9 @@ struct LazySoftmax {
         sum[r][0] += x, sum[r][1] += y;
         p[k][i] = ptx_ops::pack<Element>(x, y);
       }
-    step_sum[0] = sum[0][0] + sum[0][1], step_sum[1] = sum[1][0] + sum[1][1];
+    return {sum[0][0] + sum[0][1], sum[1][0] + sum[1][1]};
   }
-
-  __device__ bool outgrown() const {  // true for NaN too
-    return __any_sync(ptx_ops::kWholeWarp, !(fmaxf(step_sum[0], step_sum[1]) <= kLimit));
-  }
-  // ptxas hoists a wait for a product above arithmetic that does not need it, which would put the softmax
-  // after the product instead of under it. A branch that needs the sums, never taken, holds it back.
-  __device__ void complete_here() const {
-    if (step_sum[0] + step_sum[1] < 0) __trap();
-  }
-  __device__ void accept() { row_sum[0] += step_sum[0], row_sum[1] += step_sum[1]; }
+  __device__ void accept(const Sums& sums) { row_sum[0] += sums.of[0], row_sum[1] += sums.of[1]; }
 
   /// Raises the shift to these scores; earlier outputs must be multiplied by `factor`.
   template <int kCount>

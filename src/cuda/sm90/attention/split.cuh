@@ -8,7 +8,7 @@
 namespace flashomni::cuda::sm90 {
 
 inline constexpr int kMostParts = 16;       // of one tile
-inline constexpr int kLeastStepsAPart = 4;  // below it the sums cost more than the idle SMs
+inline constexpr float kStepsAPart = 10;  // what leaving and adding the sums costs, in steps
 
 /// The most parts in flight, for `ctas` CTAs: what the workspace holds.
 __host__ __device__ constexpr int most_parts(int ctas) {
@@ -25,8 +25,8 @@ struct Split {
     float best = 1;  // time of the last wave, in tiles
     // Past some waves the idle SMs weigh less than the sums.
     for (int n = 2; rest > 0 && whole < 12 * ctas && n <= kMostParts; ++n) {
-      if (rest * n > most_parts(ctas) || steps < n * kLeastStepsAPart) break;
-      const float time = static_cast<float>((rest * n + ctas - 1) / ctas) / n + 2.0f / steps;
+      if (rest * n > most_parts(ctas)) break;
+      const float time = ((rest * n + ctas - 1) / ctas) * (1.0f / n + kStepsAPart / steps);
       if (time < 0.97f * best) best = time, parts = n;
     }
     if (parts == 1) whole = tiles;
