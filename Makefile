@@ -20,7 +20,7 @@ CMAKE := $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninj
          -DPython_EXECUTABLE=$(BIN)/python -DFLASHOMNI_PYTHON=ON --log-level=WARNING
 
 .DEFAULT_GOAL := help
-.PHONY: help check build demo test test-cpp test-python lint format clean
+.PHONY: help check build demo test test-cpp test-python cuda-check lint format clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,13 @@ test-cpp: $(INSTALLED)
 # Processes share the cores with the OpenMP threads of their neighbours, so waiting threads must sleep, not spin.
 test-python: build
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TEST_ARGS)
+
+# What the machine's CUDA toolkit lacks comes from packages.
+cuda-check: $(INSTALLED) ## compile the CUDA kernels and read what became of them; needs no GPU
+	@$(BIN)/python -c 'from flashomni.jit import toolkit; toolkit.find()' 2>/dev/null || \
+	  $(PIP) -c constraints.txt --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace -e '.[jit]'
+	@$(BIN)/python tools/check_sass.py --ready || $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	@FLASHOMNI_CACHE_DIR=$(BUILD)/cuda $(BIN)/python tools/check_sass.py
 
 lint: $(INSTALLED) ## check style: ruff and clang-format
 	@$(BIN)/ruff check .

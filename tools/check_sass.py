@@ -2,6 +2,7 @@
 
     python tools/check_sass.py                       # builds the plugin, or takes it from the cache
     python tools/check_sass.py LIBRARY BUILD_LOG     # looks at these
+    python tools/check_sass.py --ready               # exit code 0 if cuobjdump and nvdisasm are here
 
 From the report of `-Xptxas -v`: registers spilled to memory; wgmma serialised (warnings C75xx). From machine
 code, by cuobjdump: kernels that should multiply on tensor cores and do not; local memory in their main loops.
@@ -247,6 +248,8 @@ def check(library: Path, log: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments == ["--ready"]:
+        return not has_disassembler()
     if len(arguments) == 2:
         return check(Path(arguments[0]), Path(arguments[1]).read_text(encoding="utf-8")) > 0
     if arguments:

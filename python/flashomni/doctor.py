@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+import subprocess
 from pathlib import Path
 
 PACKAGES = {
@@ -61,6 +63,53 @@ def native() -> dict:
         return {"found": False, "isa": None, "backends": [], "error": str(error)}
 
 
+def cuda() -> dict:
+    """What the CUDA backend has here: {driver, torch_cuda, nvcc, cache, plugin, gpus}. Builds nothing.
+
+    nvcc: {found, path, version, error}. plugin: {kind, path, detail}, kind one of "given", "installed",
+    "cached", "would build", "cannot". gpus: rows of index, name, capability, served, reason.
+    """
+    import torch
+
+    from flashomni.jit import build, plugin, toolkit
+
+    try:
+        tools = toolkit.find()
+        nvcc = {
+            "found": True,
+            "path": str(tools.nvcc),
+            "version": ".".join(map(str, tools.version)),
+            "error": None,
+        }
+    except Exception as error:
+        nvcc = {"found": False, "path": None, "version": None, "error": str(error)}
+    state = plugin.state()
+    return {
+        "driver": driver(),
+        "torch_cuda": torch.version.cuda,
+        "nvcc": nvcc,
+        "cache": str(build.cache_folder()),
+        "plugin": {"kind": state.kind, "path": str(state.path or ""), "detail": state.detail},
+        "gpus": plugin.gpus(),
+    }
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version, as the kernel module or nvidia-smi tells it; None without one."""
+    try:
+        line = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+        if found := re.search(r"\b(\d+\.\d+(\.\d+)?)\b", line):
+            return found[1]
+    except OSError:
+        pass
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.partition("\n")[0].strip() or None if result.returncode == 0 else None
+
+
 def machine() -> dict:
     """What numbers from this machine depend on, flat and JSON-ready."""
     import torch
@@ -82,7 +131,9 @@ def machine() -> dict:
 
 
 def report() -> dict:
-    """Everything that `flashomni doctor` prints: {ok, machine, native, isas, packages}."""
+    """Everything that `flashomni doctor` prints: {ok, machine, native, isas, cuda, packages}."""
+    # First, as it loads the plugin where there is one, which the backends' rows then show.
+    found = cuda() if native()["found"] else None
     library = native()
     _, flags = cpu_info()
     isas = {isa: all(flag in flags for flag in need) for isa, need in ISA_FLAGS.items()}
@@ -93,6 +144,7 @@ def report() -> dict:
         "machine": machine(),
         "native": library,
         "isas": isas,
+        "cuda": found,
         "packages": packages,
     }
 
@@ -121,6 +173,7 @@ def show(console) -> bool:
         for row in library["backends"]:
             table.add_row(row["name"], row["device"], "yes" if row["serves"] else "no", row["reason"])
         console.print(table)
+        show_cuda(console, found["cuda"])
     else:
         console.print("[bold red]C++ library: not usable[/]")
         console.print(library["error"], markup=False)
@@ -132,3 +185,35 @@ def show(console) -> bool:
         "[green]All is well.[/]" if found["ok"] else "[red]FlashOmni cannot run here yet: see above.[/]"
     )
     return found["ok"]
+
+
+def show_cuda(console, found: dict) -> None:
+    """The part about GPUs."""
+    from rich.table import Table
+
+    nvcc, plugin = found["nvcc"], found["plugin"]
+    kinds = {
+        "given": "taken from FLASHOMNI_PLUGIN_PATH",
+        "installed": "built at install",
+        "cached": "built before, in the cache",
+        "would build": "not built yet",
+        "cannot": "cannot be built",
+    }
+    driver = found["driver"] or "none"
+    console.print(f"CUDA: NVIDIA driver {driver}, torch for CUDA {found['torch_cuda'] or '(none)'}")
+    if nvcc["found"]:
+        console.print(f"nvcc: {nvcc['version']}, {nvcc['path']}", markup=False)
+    else:
+        console.print(nvcc["error"], markup=False)
+    where = plugin["path"] or (plugin["detail"] if plugin["detail"] != nvcc["error"] else "")
+    console.print(f"CUDA backend: {kinds[plugin['kind']]}" + (f": {where}" if where else ""), markup=False)
+    console.print(f"cache folder: {found['cache']}", markup=False)
+    if not found["gpus"]:
+        console.print("GPUs: none that torch sees")
+        return
+    table = Table("GPU", "name", "capability", "served", "by or why not", title="GPUs", title_justify="left")
+    for row in found["gpus"]:
+        table.add_row(
+            str(row["index"]), row.get("name", "?"), row.get("capability", "?"), row["served"], row["reason"]
+        )
+    console.print(table)

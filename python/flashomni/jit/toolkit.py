@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEAST = (13, 0)
+USUAL = Path("/usr/local/cuda/bin/nvcc")
 PACKAGES = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl"
 ADVICE = (
     "install CUDA's toolkit 13.0 or newer, or `pip install "
@@ -65,7 +66,7 @@ def _candidates() -> Iterator[tuple[str, Path]]:
             yield variable, Path(home) / "bin" / "nvcc"
     if found := shutil.which("nvcc"):
         yield "PATH", Path(found)
-    yield "/usr/local/cuda", Path("/usr/local/cuda/bin/nvcc")
+    yield "/usr/local/cuda", USUAL
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         yield "nvidia-cuda-nvcc", Path(folder) / "cu13" / "bin" / "nvcc"
