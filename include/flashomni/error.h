@@ -1,6 +1,7 @@
 // Errors: a kind, and a message that names the argument, what was expected and what came.
 #pragma once
 
+#include <cstddef>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -13,7 +14,7 @@ namespace flashomni {
 /// What Python sees the error as.
 enum class ErrorKind { kValue, kType, kNotImplemented, kRuntime };
 
-/// The only exception that this library throws. Thrown before anything is written.
+/// The only exception that this library throws (and its child below). Thrown before anything is written.
 class FLASHOMNI_API Error : public std::runtime_error {
  public:
   Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
@@ -23,6 +24,17 @@ class FLASHOMNI_API Error : public std::runtime_error {
 
  private:
   ErrorKind kind_;
+};
+
+/// The workspace is too small; thrown before anything is written, so that the call can be made again.
+class FLASHOMNI_API WorkspaceError : public Error {
+ public:
+  WorkspaceError(size_t needed, const std::string& message)
+      : Error(ErrorKind::kRuntime, message), needed_(needed) {}
+  size_t needed() const { return needed_; }
+
+ private:
+  size_t needed_;
 };
 
 /// Throws Error(kind, "<argument>: expected <expected>, got <got>").

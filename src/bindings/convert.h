@@ -82,17 +82,20 @@ template <class Arguments>
 int64_t run_within(const Arguments& arguments, Context context, const OptionalTensor& workspace,
                    size_t (*bytes_needed)(const Arguments&, const Context&),
                    void (*run)(const Arguments&, const Context&)) {
-  const size_t needed = bytes_needed(arguments, context);
-  if (!workspace.has_value()) return static_cast<int64_t>(needed);
+  if (!workspace.has_value()) return static_cast<int64_t>(bytes_needed(arguments, context));
   const TensorView bytes = view(workspace, "workspace");
   if (bytes.dtype != DType::kUInt8 || bytes.ndim != 1 || (bytes.numel() > 1 && bytes.strides[0] != 1)) {
     fail(ErrorKind::kValue, "workspace", "contiguous uint8[bytes]", describe(bytes));
   }
-  if (static_cast<size_t>(bytes.numel()) < needed) return static_cast<int64_t>(needed);
   context.workspace = bytes.data;
   context.workspace_bytes = static_cast<size_t>(bytes.numel());
-  run(arguments, context);
-  return 0;
+  // Not asked before, since that would check all arguments twice at every call.
+  try {
+    run(arguments, context);
+    return 0;
+  } catch (const WorkspaceError& error) {
+    return static_cast<int64_t>(error.needed());
+  }
 }
 
 }  // namespace flashomni::bindings

@@ -167,8 +167,8 @@ void threads(const Context& context) {
 void workspace(const Context& context, size_t needed) {
   if (needed == 0) return;
   if (context.workspace == nullptr || context.workspace_bytes < needed) {
-    fail(ErrorKind::kRuntime, "workspace", text("at least ", needed, " bytes"),
-         text(context.workspace == nullptr ? 0 : context.workspace_bytes));
+    throw WorkspaceError(needed, text("workspace: expected at least ", needed, " bytes, got ",
+                                      context.workspace == nullptr ? 0 : context.workspace_bytes));
   }
   if (reinterpret_cast<uintptr_t>(context.workspace) % 64 != 0) {
     fail(ErrorKind::kRuntime, "workspace", "memory aligned to 64 bytes", text(context.workspace));
