@@ -54,7 +54,8 @@ struct Backend {
 
 /// The backend for `device`: the first of the table that serves it, or the one that FLASHOMNI_BACKEND names.
 /// Throws NotImplementedError that lists every backend with its reason; ValueError if FLASHOMNI_BACKEND names
-/// none. Loads the plugin of a GPU backend where it can be found (plugin.h). The variable is read at each call.
+/// none. Loads the plugin of a GPU backend where it can be found (plugin.h). The variable is read at each
+/// call.
 FLASHOMNI_API const Backend& backend_for(Device device);
 
 /// A row of the table, for `flashomni doctor`.
