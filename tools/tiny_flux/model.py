@@ -52,8 +52,7 @@ def image_ids(side: int, device: torch.device) -> torch.Tensor:
     """Position ids [(side/4)^2, 3] of a picture of `side` pixels on the grid of the full picture.
 
     A token of a smaller picture stands for several of the full one and sits at their centre, so that
-    positions
-    mean the same at every resolution of the curriculum.
+    positions mean the same at every resolution of the curriculum.
     """
     step = SIDE // side
     axis = torch.arange(side // PATCH, device=device) * float(step) + (step - 1) / 2
@@ -62,8 +61,7 @@ def image_ids(side: int, device: torch.device) -> torch.Tensor:
 
 
 def save_checkpoint(folder: Path, model: torch.nn.Module, ema: dict[str, torch.Tensor], meta: dict) -> None:
-    """Writes `weights.safetensors` (averaged, bf16: what ships) and `master-*.safetensors` (fp32, to
-    resume)."""
+    """Writes `weights.safetensors` (averaged, bf16: ships) and `master-*.safetensors` (fp32, to resume)."""
     folder.mkdir(parents=True, exist_ok=True)
     text = {"tiny_flux": json.dumps(meta)}
     shipped = {name: tensor.to(torch.bfloat16).cpu().contiguous() for name, tensor in ema.items()}

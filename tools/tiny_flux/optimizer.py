@@ -1,9 +1,8 @@
 """Muon for the hidden matrices, AdamW for everything else.
 
 Muon replaces the momentum of a matrix by its nearest orthogonal one, found by a few Newton-Schulz steps; on
-small
-transformers it needs about half the steps of Adam. Equal shapes are stacked, so that a step is a handful of
-batched products instead of a thousand small kernels.
+small transformers it needs about half the steps of Adam. Equal shapes are stacked, so that a step is a
+handful of batched products instead of a thousand small kernels.
 """
 
 from __future__ import annotations

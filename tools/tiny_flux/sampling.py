@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from model import image_ids, to_pictures
@@ -26,7 +28,7 @@ def sample(model, prompts: list[str], side: int, steps: int, shift: float, batch
             for i in range(len(embeds))
         ]
         x = torch.cat(noise).to(device)
-        for now, after in zip(sigmas, sigmas[1:], strict=False):
+        for now, after in itertools.pairwise(sigmas):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 velocity = model(
                     hidden_states=x,
@@ -51,7 +53,7 @@ def table(scores: list) -> dict[str, float]:
 def evaluate(model, prompts: list[str], side: int, steps: int, shift: float) -> tuple[dict, torch.Tensor]:
     """Scores samples of the prompts; also returns the pictures."""
     pictures = sample(model, prompts, side, steps, shift)
-    return table([score(p, prompt) for p, prompt in zip(pictures, prompts, strict=False)]), pictures
+    return table([score(p, prompt) for p, prompt in zip(pictures, prompts, strict=True)]), pictures
 
 
 def contact_sheet(pictures, columns: int = 8) -> Image.Image:

@@ -3,10 +3,10 @@
     PYTHONPATH=python python tools/tiny_flux/train.py --out run1 --stage 64,256,240 --stage 128,128,150
     PYTHONPATH=python python tools/tiny_flux/train.py --out run2 --resume run1 --stage 256,32,400,1,0
 
-A stage is SIDE,BATCH,SECONDS[,LR,LR_AT_END]: picture side in pixels, pictures a step, seconds of training
-(including compilation; a trailing "n" counts steps instead, as in 9000n), and the factors on the learning
-rates at
-its start and end (1,1 by default).
+A stage is SIDE,BATCH,SECONDS[,LR,LR_AT_END[,GUIDANCE]]: picture side in pixels, pictures a step, seconds of
+training (including compilation; a trailing "n" counts steps instead, as in 9000n), the factors on the
+learning rates at its start and end (1,1 by default), and the guidance that the model learns to have built in
+(1: none).
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class Stage:
     in_steps: bool
     lr: float = 1.0
     lr_at_end: float = 1.0
+    guidance: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Stage:
-        side, batch, budget, *lrs = text.split(",")
-        return cls(int(side), int(batch), float(budget.rstrip("n")), budget.endswith("n"), *map(float, lrs))
+        side, batch, budget, *rest = text.split(",")
+        return cls(int(side), int(batch), float(budget.rstrip("n")), budget.endswith("n"), *map(float, rest))
 
     def shift(self) -> float:
         """Timestep shift. What a picture shows is decided at noise that grows with its side."""
@@ -88,8 +89,13 @@ class Trainer:
         self.optimizer = Optimizer(self.model, args.muon_lr, args.adam_lr)
         self.stream = Stream(args.seed + self.meta["step"], self.device)
         self.no_ids = torch.zeros(MAX_WORDS, 3, device=self.device)
+        # Says what the model would draw without a caption; shares the average's tensors, so it follows it.
+        self.teacher = copy.deepcopy(self.average_model)
+        self.teacher.load_state_dict(self.ema, assign=True)
+        self.teacher.requires_grad_(False)
         if not args.no_compile:
             self.model.compile_repeated_blocks(dynamic=False)
+            self.teacher.compile_repeated_blocks(dynamic=False)
         self.start = time.perf_counter()
         args.out.mkdir(parents=True, exist_ok=True)
         self.log_file = (args.out / "train.jsonl").open("a")
@@ -103,15 +109,11 @@ class Trainer:
         self.log_file.write(line + "\n")
         self.log_file.flush()
 
-    def loss(self, stage: Stage, ids: torch.Tensor) -> torch.Tensor:
-        pictures, words = self.stream.batch(stage.batch, stage.side, CAPTION_DROPOUT)
-        clean = to_tokens(pictures)
-        noise = torch.randn_like(clean)
-        t = sample_times(stage.batch, stage.shift(), self.device)
-        mixed = torch.lerp(clean, noise, t[:, None, None])
+    def velocity(self, model, mixed, t, words, ids) -> torch.Tensor:
+        """The velocity that a model predicts for noisy tokens [B, n, 48] and word ids [B, 16]."""
         embeds, pooled = embed_ids(words)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            velocity = self.model(
+            return model(
                 hidden_states=mixed,
                 encoder_hidden_states=embeds,
                 pooled_projections=pooled,
@@ -119,8 +121,31 @@ class Trainer:
                 img_ids=ids,
                 txt_ids=self.no_ids,
                 return_dict=False,
-            )[0]
-        return torch.nn.functional.mse_loss(velocity.float(), noise - clean)
+            )[0].float()
+
+    def loss(self, stage: Stage, ids: torch.Tensor) -> torch.Tensor:
+        pictures, words = self.stream.batch(stage.batch, stage.side, CAPTION_DROPOUT)
+        clean = to_tokens(pictures)
+        noise = torch.randn_like(clean)
+        t = sample_times(stage.batch, stage.shift(), self.device)
+        mixed = torch.lerp(clean, noise, t[:, None, None])
+        velocity = self.velocity(self.model, mixed, t, words, ids)
+        target = noise - clean
+        if stage.guidance > 1:
+            target = target + self.guidance(stage, velocity.detach(), mixed, t, words, ids)
+        return torch.nn.functional.mse_loss(velocity, target)
+
+    @torch.no_grad()
+    def guidance(self, stage: Stage, velocity, mixed, t, words, ids) -> torch.Tensor:
+        """What a guided velocity has beyond the data's (model guidance, arXiv 2502.12154).
+
+        The model itself is pushed away from what its average predicts without a caption, so that sampling
+        needs no second pass. With push p, v = data + p (v - free) holds where v = free + (data - free) /
+        (1 - p): the guidance g = 1 / (1 - p). Emptied captions stay as they are.
+        """
+        free = self.velocity(self.teacher, mixed, t, torch.zeros_like(words), ids)
+        captioned = (words != 0).any(1)[:, None, None]
+        return (1 - 1 / stage.guidance) * (velocity - free) * captioned
 
     def run(self, stage: Stage, warm: bool) -> None:
         ids = image_ids(stage.side, self.device)

@@ -10,10 +10,10 @@ namespace flashomni::cuda::sm90 {
 struct PlanArguments {
   Problem problem;
   Grouping grouping;
-  Item* items;         // [most_tiles]
+  Item* items;  // [most_tiles]
   Control* control;
-  uint32_t* partial;   // a bit a KV block, where the problem has block lengths
-  int* arrivals;       // [arrival_count]: set to zero
+  uint32_t* partial;  // a bit a KV block, where the problem has block lengths
+  int* arrivals;      // [arrival_count]: set to zero
   int arrival_count;
 };
 
