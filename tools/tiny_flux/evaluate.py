@@ -2,8 +2,8 @@
 
     PYTHONPATH=python python tools/tiny_flux/evaluate.py --config bfloat16,20,5 --config bfloat16,20,5,2
 
-A config is DTYPE,STEPS,SHIFT[,GUIDANCE]. The dtype "mixed" keeps weights and latents in float32
-and multiplies in bfloat16. Prompt i uses seed i. Prints a line of JSON a config; --out keeps every prompt's verdict.
+A config is DTYPE,STEPS,SHIFT[,GUIDANCE]. The dtype "mixed" keeps weights and latents in float32 and
+multiplies in bfloat16. Prompt i uses seed i. Prints a line of JSON a config; --out keeps all verdicts.
 """
 
 from __future__ import annotations
