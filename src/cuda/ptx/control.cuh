@@ -7,6 +7,16 @@ namespace flashomni::cuda::ptx_ops {
 
 inline constexpr uint32_t kWholeWarp = 0xffffffff;
 
+/// threadIdx.x, read anew at every call: what is computed from it is not kept in registers in between.
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+__device__ inline int lane_index() {
+  return thread_index() % 32;
+}
+
 /// True in exactly one lane of a converged warp.
 __device__ inline bool elect_one() {
   uint32_t elected;

@@ -35,4 +35,11 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+/// 1 / x to one unit in the last place, without the division's subroutine, whose call costs registers.
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace flashomni::cuda::ptx_ops

@@ -21,7 +21,8 @@ struct Consumer {
 
   Shared& shared;
   const AttentionParameters& p;
-  const int id, warp, lane;
+  const int id;
+  const bool leader;  // of the warp
 
   RingCursor<Config::kTileSlots> tiles;
   RingCursor<Config::kQuerySlots> queries;
@@ -34,7 +35,7 @@ struct Consumer {
   LazySoftmax<Element> softmax;
 
   __device__ Consumer(Shared& shared, const AttentionParameters& p, int id)
-      : shared(shared), p(p), id(id), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {
+      : shared(shared), p(p), id(id), leader(threadIdx.x % 32 == 0) {
     if (id == 1) pass_turn();
   }
 
@@ -47,22 +48,24 @@ struct Consumer {
   }
 
   // ---- tiles ----
-  struct Work {
-    int steps, slot;
-  };
-  __device__ const Tile& tile_of(const Work& work) const { return shared.tile[work.slot]; }
-  __device__ bool is_part(const Work& work) const { return tile_of(work).parts > 1; }
-  __device__ Work next_work() {
+  // Nothing of a tile is kept in registers: what is asked of it is read again, by its place before the cursor.
+  __device__ void take_tile() {
     tiles.wait_full(shared.tiles);
-    const Work work{shared.tile[tiles.slot()].steps, tiles.slot()};
     tiles.advance();
-    return work;
   }
-  __device__ int tile_row() const { return id * Config::kConsumerRows + 16 * warp + lane / 4; }
+  __device__ int current_slot() const { return tiles.slot_before(1); }
+  __device__ const Tile& current() const { return shared.tile[current_slot()]; }
+  __device__ static int whole_steps(const Tile& tile) { return tile.steps - tile.masked; }
+  /// The first of this thread's two rows; the other is 8 below.
+  __device__ int tile_row() const {
+    const int thread = ptx_ops::thread_index() % 128;
+    return id * Config::kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
+  }
 
   // Address of this lane's 16-byte row in the 16x16 matrix at (16 warp, 16 chunk) of a query or output buffer.
   __device__ uint32_t matrix_address(int slot, int chunk) const {
-    const int row = 16 * warp + lane % 16, column = 2 * chunk + lane / 16;
+    const int thread = ptx_ops::thread_index() % 128, lane = thread % 32;
+    const int row = thread / 32 * 16 + lane % 16, column = 2 * chunk + lane / 16;
     return ptx_ops::shared_address(shared.query[slot][id]) + column / 8 * kQueryPanel + row * 128 +
            ((column % 8) ^ (row % 8)) * 16;
   }
@@ -104,7 +107,7 @@ struct Consumer {
     return slot;
   }
   __device__ void release(int slot) {
-    if (lane == 0) ptx_ops::arrive(shared.blocks.empty[slot]);
+    if (leader) ptx_ops::arrive(shared.blocks.empty[slot]);
   }
   template <int kPending>
   __device__ void scores_ready(int slot) {
@@ -119,9 +122,8 @@ struct Consumer {
   }
 
   // ---- epilogue ----
-  __device__ void write_lse(const Work& work) {
-    if (p.lse == nullptr || lane % 4 != 0) return;
-    const Tile& tile = tile_of(work);
+  __device__ void write_lse(const Tile& tile) {
+    if (p.lse == nullptr || ptx_ops::lane_index() % 4 != 0) return;
     float* lse = p.lse + tile.batch * p.lse_batch_stride + tile.head * p.lse_head_stride;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -137,17 +139,19 @@ struct Consumer {
     float of[2];
   };
   // Ends a tile's softmax. Its last product may still be in flight.
-  __device__ Inverse close(const Work& work) {
+  __device__ Inverse close(const Tile& tile) {
     softmax.finish();
-    write_lse(work);
-    return {softmax.row_sum[0] == 0 ? 0 : 1 / softmax.row_sum[0],
-            softmax.row_sum[1] == 0 ? 0 : 1 / softmax.row_sum[1]};
+    write_lse(tile);
+    return {inverse_sum(0), inverse_sum(1)};
+  }
+  __device__ float inverse_sum(int r) const {
+    return softmax.row_sum[r] == 0 ? 0 : ptx_ops::reciprocal_approx(softmax.row_sum[r]);
   }
 
   // The output goes to the query buffer of its tile, which only this warpgroup reads and no longer needs. The
   // accumulators are left as they are: scaled in place while a product is in flight, they would make ptxas
   // serialise it (C7513).
-  __device__ void write_output(const Work& work, int slot, const Inverse& inverse) {
+  __device__ void write_output(int tile_slot, int slot, const Inverse& inverse) {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       uint32_t packed[4];
@@ -157,30 +161,30 @@ struct Consumer {
                                            output[8 * k + 2 * i + 1] * inverse.of[i % 2]);
       ptx_ops::stmatrix_x4(matrix_address(slot, k), packed[0], packed[1], packed[2], packed[3]);
     }
-    output_staged(work, slot);
+    output_staged(tile_slot, slot);
   }
-  __device__ void finish_empty(const Work& work, int slot) {
-    queries.wait_full(shared.queries);
+  __device__ void finish_empty(int tile_slot, int slot) {
     softmax.shift[0] = softmax.shift[1] = -INFINITY;
     softmax.row_sum[0] = softmax.row_sum[1] = 0;
-    if (is_part(work)) {
+    const Tile& tile = shared.tile[tile_slot];
+    if (tile.parts > 1) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0;
-      finish_part(work, slot);
+      finish_part(tile_slot, slot);
       return;
     }
-    write_lse(work);
+    write_lse(tile);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) ptx_ops::stmatrix_x4(matrix_address(slot, k), 0, 0, 0, 0);
-    output_staged(work, slot);
+    output_staged(tile_slot, slot);
   }
 
   // Leaves this part's sums in the workspace, a float4 of every thread side by side; the last warp to come adds
   // the parts up and writes the rows.
-  __device__ void finish_part(const Work& work, int slot) {
+  __device__ void finish_part(int tile_slot, int slot) {
     constexpr int kVectors = kHeadDim / 8;  // float4 of output a thread; one more holds shifts and row sums
-    const Tile& tile = tile_of(work);
-    const int parts = tile.parts, thread = 32 * warp + lane;
+    const Tile& tile = shared.tile[tile_slot];
+    const int parts = tile.parts, thread = ptx_ops::thread_index() % 128, warp = thread / 32;
     const auto vectors_of = [&](int part) {
       return p.parts + (int64_t(tile.split * parts + part) * Config::kConsumers + id) * (kVectors + 1) * 128 + thread;
     };
@@ -193,15 +197,15 @@ struct Consumer {
     __threadfence();
     __syncwarp();
     int arrived = 0;
-    if (lane == 0) arrived = atomicAdd(&p.arrivals[tile.split * Config::kConsumerWarps + 4 * id + warp], 1);
+    if (leader) arrived = atomicAdd(&p.arrivals[tile.split * Config::kConsumerWarps + 4 * id + warp], 1);
     arrived = __shfl_sync(ptx_ops::kWholeWarp, arrived, 0);
     if (arrived == parts - 1) {
       __threadfence();
       add_parts(parts, vectors_of);
-      write_lse(work);
+      write_lse(tile);
       write_rows(tile);
     }
-    output_staged(work, slot);
+    output_staged(tile_slot, slot);
   }
   template <class Vectors>
   __device__ void add_parts(int parts, Vectors vectors_of) {
@@ -232,41 +236,42 @@ struct Consumer {
   __device__ void write_rows(const Tile& tile) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = tile_row() + 8 * r;
+      const int row = tile_row() + 8 * r, quad = ptx_ops::lane_index() % 4;
       if (row >= tile.rows) continue;
-      const float inverse = softmax.row_sum[r] == 0 ? 0 : 1 / softmax.row_sum[r];
+      const float inverse = inverse_sum(r);
       const int64_t at = (tile.q_row + row) * p.out_token_stride + tile.head * p.out_head_stride +
                          (p.problem.q_indptr != nullptr ? 0 : tile.batch * p.out_batch_stride);
       auto* out = reinterpret_cast<Element*>(p.out_data) + at;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
-        const int column = 8 * i + 2 * (lane % 4);
+        const int column = 8 * i + 2 * quad;
         if (column < p.head_dim)
           *reinterpret_cast<uint32_t*>(out + column) =
               ptx_ops::pack<Element>(output[4 * i + 2 * r] * inverse, output[4 * i + 2 * r + 1] * inverse);
       }
     }
   }
-  __device__ void output_staged(const Work& work, int slot) {
+  __device__ void output_staged(int tile_slot, int slot) {
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     ptx_ops::named_barrier_arrive(kOutputStaged0 + slot, Config::kStoreThreads);
-    if (lane == 0) ptx_ops::arrive(shared.tiles.empty[work.slot]);
+    if (leader) ptx_ops::arrive(shared.tiles.empty[tile_slot]);
   }
 
   // ---- softmax ----
   __device__ void apply_mask() {
     masks.wait_full(shared.masks);
     const auto& mask = shared.mask[masks.slot()];
-    const int limit[2] = {mask.limit[0] + tile_row(), mask.limit[1] + tile_row()};
+    const int row = tile_row(), quad = ptx_ops::lane_index() % 4;
+    const int limit[2] = {mask.limit[0] + row, mask.limit[1] + row};
 #pragma unroll
     for (int i = 0; i < kStep / 2; ++i) {
-      const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+      const int column = 8 * (i / 4) + 2 * quad + i % 2;
       const float bias = mask.bias[column];
       const bool seen = column % 64 <= limit[8 * (i / 4) / 64] + 8 * (i % 4 / 2) && bias > -INFINITY;
       scores[i] = seen ? scores[i] + bias : -INFINITY;  // where there is no key the score may be NaN
     }
     __syncwarp();
-    if (lane == 0) ptx_ops::arrive(shared.masks.empty[masks.slot()]);
+    if (leader) ptx_ops::arrive(shared.masks.empty[masks.slot()]);
     masks.advance();
   }
 
@@ -334,11 +339,11 @@ struct Consumer {
     ptx_ops::pin(probabilities);
   }
 
-  // The steps from n on of a tile whose probabilities so far lie in `even`, where they lie afterwards.
-  __device__ void remaining_steps(const Work& work, int n) {
-    const int whole = work.steps - tile_of(work).masked;
+  // The steps from n on of the current tile, whose probabilities so far lie in `even`, where they lie afterwards.
+  __device__ void remaining_steps(int n) {
+    const int steps = current().steps, whole = whole_steps(current());
     if (whole == 0) {
-      for (; n < work.steps; ++n) careful_step(even, n > 1);
+      for (; n < steps; ++n) careful_step(even, n > 1);
       return;
     }
     for (; n + 1 < whole; n += 2) {
@@ -350,60 +355,71 @@ struct Consumer {
       ptx_ops::move_registers(even, odd);
       ++n;
     }
-    for (; n < work.steps; ++n) {
+    for (; n < steps; ++n) {
       step<true>(even, odd, n > 1);
       ptx_ops::move_registers(even, odd);
     }
   }
 
+  // The last product and the end of the current tile, with nothing beside them.
+  __device__ void finish_alone(int slot) {
+    wait_turn();
+    const int v_slot = issue_output(even, current().steps > 1);
+    pass_turn();
+    output_ready(v_slot);
+    if (current().parts > 1)
+      finish_part(current_slot(), slot);
+    else
+      write_output(current_slot(), slot, close(current()));
+  }
+  // Whether the tile after the current one, already published, may begin under the current one's end.
+  __device__ bool next_overlaps() const {
+    const Tile& next = shared.tile[tiles.slot()];
+    return Config::kOverlapsTiles && current().parts == 1 && whole_steps(next) > 0;
+  }
+
   __device__ void run() {
-    Work work = next_work();
-    while (work.steps != kNoMoreTiles) {
-      if (work.steps == 0) {
-        finish_empty(work, queries.slot());
+    for (take_tile(); current().steps != kNoMoreTiles; take_tile()) {
+      queries.wait_full(shared.queries);
+      if (current().steps == 0) {
+        finish_empty(current_slot(), queries.slot());
         queries.advance();
-        work = next_work();
         continue;
       }
-      queries.wait_full(shared.queries);
-      const int k_slot = issue_scores();
+      const int first_slot = issue_scores();
       pass_turn();
-      scores_ready<0>(k_slot);
-      first_softmax<true>(work.steps == tile_of(work).masked, even);
+      scores_ready<0>(first_slot);
+      first_softmax<true>(whole_steps(current()) == 0, even);
 
       for (int n = 1;;) {
-        remaining_steps(work, n);
-        const Work next = next_work();
-        const int slot = queries.slot();
-        queries.advance();
-        const int next_whole = next.steps - tile_of(next).masked;
-        if (!Config::kOverlapsTiles || is_part(work) || next_whole <= 0) {
-          wait_turn();
-          const int v_slot = issue_output(even, work.steps > 1);
-          pass_turn();
-          output_ready(v_slot);
-          is_part(work) ? finish_part(work, slot) : write_output(work, slot, close(work));
-          work = next;
+        remaining_steps(n);
+        tiles.wait_full(shared.tiles);
+        if (!next_overlaps()) {
+          finish_alone(queries.slot());
+          queries.advance();
           break;
         }
         // The next tile's first step runs with this tile's last product, and this tile's epilogue under the
         // scores of the next tile's second step.
+        const bool accumulate = current().steps > 1;
+        tiles.advance();
+        queries.advance();
         queries.wait_full(shared.queries);
-        const int k_slot = issue_scores(), v_slot = issue_output(even, work.steps > 1);
+        const int k_slot = issue_scores(), v_slot = issue_output(even, accumulate);
         pass_turn();
-        const Inverse inverse = close(work);
+        const Inverse inverse = close(shared.tile[tiles.slot_before(2)]);
         scores_ready<1>(k_slot);
         first_softmax<false>(false, odd);
         output_ready(v_slot);
-        if (next_whole == 1) {
-          write_output(work, slot, inverse);
+        const auto write = [&] { write_output(tiles.slot_before(2), queries.slot_before(1), inverse); };
+        if (whole_steps(current()) == 1) {
+          write();
           ptx_ops::move_registers(even, odd);
           n = 1;
         } else {
-          second_step(odd, even, [&] { write_output(work, slot, inverse); });
+          second_step(odd, even, write);
           n = 2;
         }
-        work = next;
       }
     }
     if (id == 0) wait_turn();  // takes the other warpgroup's last pass

@@ -37,7 +37,7 @@ struct Group {
     const TileBlocks blocks(problem, sequence.q_tokens, sequence.kv_tokens, batch, head, q_block);
     const int words = blocks.words();
     int count = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int w = 0; w < words; ++w) count += __popc(blocks.selected(problem, w));
     return count;
   }
@@ -87,7 +87,7 @@ __device__ int write_chunk(const Group& group, int begin, int tiles, Item* items
   return total;
 }
 
-__global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanArguments p) {
+__global__ void __launch_bounds__(kThreads, 1) plan_kernel(const __grid_constant__ PlanArguments p) {
   cudaTriggerProgrammaticLaunchCompletion();  // the next kernel may be set up; it waits for this one's end
   __shared__ int all_blocks;
   if (threadIdx.x == 0) all_blocks = 0;

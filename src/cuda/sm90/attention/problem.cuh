@@ -121,7 +121,7 @@ struct Grouping {
   int heads_a_group, groups_a_sequence, groups, regions;
 
   __host__ __device__ int first_group(int region) const {
-    return static_cast<int>(int64_t(groups) * region / regions);
+    return static_cast<int>(static_cast<uint32_t>(groups) * region / regions);  // groups fit 26 bits
   }
   /// The region's first item: no smaller than the most tiles that the groups before it can have.
   __device__ int base(const Problem& p, int region) const {

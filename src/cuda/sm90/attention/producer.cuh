@@ -16,7 +16,6 @@ struct Manager {
 
   Shared& shared;
   const AttentionParameters& p;
-  const int lane = threadIdx.x % 32;
   const bool leader = ptx_ops::elect_one(), ragged = p.problem.q_indptr != nullptr;
   RingCursor<Config::kTileSlots> published, stored;
   RingCursor<Config::kQuerySlots> queries;
@@ -41,6 +40,7 @@ struct Manager {
 
   /// Lane r gets what region r of the list holds. Returns how many tiles come before the region's end.
   __device__ int region_end(Region& region) const {
+    const int lane = ptx_ops::lane_index();
     region = lane < p.grouping.regions ? p.control->region[lane] : Region{0, 0};
     int end = region.items;
 #pragma unroll
@@ -56,7 +56,7 @@ struct Manager {
     Region region;
     const int tiles = __shfl_sync(ptx_ops::kWholeWarp, region_end(region), 31);
     const float blocks = __reduce_add_sync(ptx_ops::kWholeWarp, region.blocks);
-    const int steps = static_cast<int>(blocks / max(tiles, 1) * p.problem.block_kv / Config::kStep);
+    const int steps = static_cast<int>(__fdividef(blocks, max(tiles, 1)) * p.problem.block_kv / Config::kStep);
     split = Split(tiles, steps, gridDim.x);
     return split.work(tiles);
   }
@@ -84,15 +84,17 @@ struct Manager {
     ptx_ops::arrive(shared.tiles.full[published.slot()]);
     published.advance();
     if (!more) return;
-    if (lane == 0) claimed = gridDim.x + atomicAdd(&p.control->next, 1);
-    claimed = __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
+    if (leader) claimed = gridDim.x + atomicAdd(&p.control->next, 1);
+    claimed = __reduce_max_sync(ptx_ops::kWholeWarp, claimed);  // claims only grow
   }
 
   __device__ void describe(Tile& tile, Item item, int part, int parts, int split_tile) {
     const int batch = item.batch_head / p.problem.heads, head = item.batch_head % p.problem.heads;
     const Sequence sequence = p.problem.sequence(batch);
     const TileBlocks blocks(p.problem, sequence.q_tokens, sequence.kv_tokens, batch, head, item.q_block);
+    const int lane = ptx_ops::lane_index();
     int masked = 0, whole = 0, skipped = 0;
+#pragma unroll 1
     for (int w = lane; w < blocks.words(); w += 32) {
       const uint32_t selected = blocks.selected(p.problem, w), partial = blocks.partial(p.problem, w);
       masked += __popc(selected & partial);
@@ -153,6 +155,7 @@ struct Manager {
   /// Row by row: what follows them in `out` is the next sequence's.
   __device__ void store_rows(int first_row, int rows, int head) {
     using Chunk = uint4;  // 8 columns
+    const int lane = ptx_ops::lane_index();
     for (int row = 0; row < rows; ++row) {
       if (8 * lane >= p.head_dim) continue;
       const auto* buffer = reinterpret_cast<const Chunk*>(shared.query[queries.slot()][row / Config::kConsumerRows]);

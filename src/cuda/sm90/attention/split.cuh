@@ -26,7 +26,7 @@ struct Split {
     // Past some waves the idle SMs weigh less than the sums.
     for (int n = 2; rest > 0 && whole < 12 * ctas && n <= kMostParts; ++n) {
       if (rest * n > most_parts(ctas)) break;
-      const float time = ((rest * n + ctas - 1) / ctas) * (1.0f / n + kStepsAPart / steps);
+      const float time = ((rest * n + ctas - 1) / ctas) * (__fdividef(1, n) + __fdividef(kStepsAPart, steps));
       if (time < 0.97f * best) best = time, parts = n;
     }
     if (parts == 1) whole = tiles;
