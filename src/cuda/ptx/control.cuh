@@ -16,6 +16,11 @@ __device__ inline int thread_index() {
 __device__ inline int lane_index() {
   return thread_index() % 32;
 }
+/// `value`, of which the compiler knows nothing: what is computed from it is not kept in registers either.
+__device__ inline int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 /// True in exactly one lane of a converged warp.
 __device__ inline bool elect_one() {

@@ -22,9 +22,12 @@ struct RingBarriers {
 template <int kSlots>
 class RingCursor {
  public:
+  RingCursor() = default;
+  /// After `visited` slots, where that number alone tells slot and phase for good.
+  __device__ explicit RingCursor(int visited) : at_(visited & (2 * kSlots - 1)) {
+    static_assert((kSlots & (kSlots - 1)) == 0);
+  }
   __device__ int slot() const { return at_ >= kSlots ? at_ - kSlots : at_; }
-  /// The slot that was visited `steps` (at most kSlots) steps ago.
-  __device__ int slot_before(int steps) const { return slot() >= steps ? slot() - steps : slot() - steps + kSlots; }
   __device__ void advance() { at_ = at_ == 2 * kSlots - 1 ? 0 : at_ + 1; }
   __device__ void wait_full(RingBarriers<kSlots>& ring) const { ptx_ops::wait_parity(ring.full[slot()], phase()); }
   __device__ void wait_empty(RingBarriers<kSlots>& ring) const {

@@ -76,7 +76,7 @@ struct AttentionConfig {
   static constexpr int kQuerySlots = kHeadDim == 256 && kConsumers == 2 ? 1 : 2;
   static constexpr bool kOverlapsTiles = kQuerySlots == 2;  // the next tile's query waits beside this one's
   static constexpr int kMaskSlots = 2;
-  static constexpr int kTileSlots = 3;
+  static constexpr int kTileSlots = 4, kTilesAhead = 3;  // claimed before they are stored
   // Two producer warps: the manager (schedules and stores) and the loader. Beside two consumers they give
   // registers away, which takes a whole warpgroup: two more warps, which leave at once.
   static constexpr bool kMovesRegisters = kConsumers == 2;

@@ -21,11 +21,10 @@ struct Consumer {
 
   Shared& shared;
   const AttentionParameters& p;
-  const int id;
+  const int index;
   const bool leader;  // of the warp
 
-  RingCursor<Config::kTileSlots> tiles;
-  RingCursor<Config::kQuerySlots> queries;
+  int taken = 0;  // tiles: the place in two rings at once, tiles and queries
   RingCursor<Config::kRingSlots> blocks;  // in the order K0 K1 V0 K2 V1 ...: every product takes the next one
   RingCursor<Config::kMaskSlots> masks;
 
@@ -34,39 +33,48 @@ struct Consumer {
   Fragments even, odd;  // probabilities of this step and of the one before, whose product may still read them
   LazySoftmax<Element> softmax;
 
-  __device__ Consumer(Shared& shared, const AttentionParameters& p, int id)
-      : shared(shared), p(p), id(id), leader(threadIdx.x % 32 == 0) {
-    if (id == 1) pass_turn();
+  __device__ Consumer(Shared& shared, const AttentionParameters& p, int index)
+      : shared(shared), p(p), index(index), leader(threadIdx.x % 32 == 0) {
+    if (index == 1) pass_turn();
+  }
+  // At head_dim 256 there is no room to keep what the compiler would compute from it once.
+  __device__ int id() const {
+    if constexpr (Config::kConsumers == 1) return 0;
+    return kHeadDim == 256 ? ptx_ops::opaque(index) : index;
   }
 
   // ---- turns at the tensor cores ----
   __device__ void wait_turn() {
-    if constexpr (kTakesTurns) ptx_ops::named_barrier_sync(kTurnOfConsumer0 + id, 256);
+    if constexpr (kTakesTurns) ptx_ops::named_barrier_sync(kTurnOfConsumer0 + id(), 256);
   }
   __device__ void pass_turn() {
-    if constexpr (kTakesTurns) ptx_ops::named_barrier_arrive(kTurnOfConsumer0 + (id ^ 1), 256);
+    if constexpr (kTakesTurns) ptx_ops::named_barrier_arrive(kTurnOfConsumer0 + (id() ^ 1), 256);
   }
 
   // ---- tiles ----
   // Nothing of a tile is kept in registers: what is asked of it is read again, by its place before the cursor.
   __device__ void take_tile() {
-    tiles.wait_full(shared.tiles);
-    tiles.advance();
+    wait_next_tile();
+    ++taken;
   }
-  __device__ int current_slot() const { return tiles.slot_before(1); }
-  __device__ const Tile& current() const { return shared.tile[current_slot()]; }
+  __device__ void wait_next_tile() { RingCursor<Config::kTileSlots>(taken).wait_full(shared.tiles); }
+  __device__ void wait_query() { RingCursor<Config::kQuerySlots>(taken - 1).wait_full(shared.queries); }
+  // Of the current tile, or the one `back` before it.
+  __device__ int tile_slot(int back = 0) const { return RingCursor<Config::kTileSlots>(taken - 1 - back).slot(); }
+  __device__ int query_slot(int back = 0) const { return RingCursor<Config::kQuerySlots>(taken - 1 - back).slot(); }
+  __device__ const Tile& current() const { return shared.tile[tile_slot()]; }
   __device__ static int whole_steps(const Tile& tile) { return tile.steps - tile.masked; }
   /// The first of this thread's two rows; the other is 8 below.
   __device__ int tile_row() const {
     const int thread = ptx_ops::thread_index() % 128;
-    return id * Config::kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
+    return id() * Config::kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
   }
 
   // Address of this lane's 16-byte row in the 16x16 matrix at (16 warp, 16 chunk) of a query or output buffer.
   __device__ uint32_t matrix_address(int slot, int chunk) const {
     const int thread = ptx_ops::thread_index() % 128, lane = thread % 32;
     const int row = thread / 32 * 16 + lane % 16, column = 2 * chunk + lane / 16;
-    return ptx_ops::shared_address(shared.query[slot][id]) + column / 8 * kQueryPanel + row * 128 +
+    return ptx_ops::shared_address(shared.query[slot][id()]) + column / 8 * kQueryPanel + row * 128 +
            ((column % 8) ^ (row % 8)) * 16;
   }
 
@@ -74,7 +82,7 @@ struct Consumer {
   __device__ int issue_scores() {
     blocks.wait_full(shared.blocks);
     const uint32_t q =
-        ptx_ops::descriptor_reduction_major(ptx_ops::shared_address(shared.query[queries.slot()][id]));
+        ptx_ops::descriptor_reduction_major(ptx_ops::shared_address(shared.query[query_slot()][id()]));
     const uint32_t k =
         ptx_ops::descriptor_reduction_major(ptx_ops::shared_address(shared.ring[blocks.slot()]));
     wait_turn();
@@ -151,7 +159,7 @@ struct Consumer {
   // The output goes to the query buffer of its tile, which only this warpgroup reads and no longer needs. The
   // accumulators are left as they are: scaled in place while a product is in flight, they would make ptxas
   // serialise it (C7513).
-  __device__ void write_output(int tile_slot, int slot, const Inverse& inverse) {
+  __device__ void write_output(int back, const Inverse& inverse) {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       uint32_t packed[4];
@@ -159,34 +167,33 @@ struct Consumer {
       for (int i = 0; i < 4; ++i)
         packed[i] = ptx_ops::pack<Element>(output[8 * k + 2 * i] * inverse.of[i % 2],
                                            output[8 * k + 2 * i + 1] * inverse.of[i % 2]);
-      ptx_ops::stmatrix_x4(matrix_address(slot, k), packed[0], packed[1], packed[2], packed[3]);
+      ptx_ops::stmatrix_x4(matrix_address(query_slot(back), k), packed[0], packed[1], packed[2], packed[3]);
     }
-    output_staged(tile_slot, slot);
+    output_staged(back);
   }
-  __device__ void finish_empty(int tile_slot, int slot) {
+  __device__ void finish_empty() {
     softmax.shift[0] = softmax.shift[1] = -INFINITY;
     softmax.row_sum[0] = softmax.row_sum[1] = 0;
-    const Tile& tile = shared.tile[tile_slot];
-    if (tile.parts > 1) {
+    if (current().parts > 1) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0;
-      finish_part(tile_slot, slot);
+      finish_part();
       return;
     }
-    write_lse(tile);
+    write_lse(current());
 #pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) ptx_ops::stmatrix_x4(matrix_address(slot, k), 0, 0, 0, 0);
-    output_staged(tile_slot, slot);
+    for (int k = 0; k < kHeadDim / 16; ++k) ptx_ops::stmatrix_x4(matrix_address(query_slot(), k), 0, 0, 0, 0);
+    output_staged(0);
   }
 
   // Leaves this part's sums in the workspace, a float4 of every thread side by side; the last warp to come adds
   // the parts up and writes the rows.
-  __device__ void finish_part(int tile_slot, int slot) {
+  __device__ void finish_part() {
     constexpr int kVectors = kHeadDim / 8;  // float4 of output a thread; one more holds shifts and row sums
-    const Tile& tile = shared.tile[tile_slot];
+    const Tile& tile = current();
     const int parts = tile.parts, thread = ptx_ops::thread_index() % 128, warp = thread / 32;
     const auto vectors_of = [&](int part) {
-      return p.parts + (int64_t(tile.split * parts + part) * Config::kConsumers + id) * (kVectors + 1) * 128 + thread;
+      return p.parts + (int64_t(tile.split * parts + part) * Config::kConsumers + id()) * (kVectors + 1) * 128 + thread;
     };
     softmax.finish();
     float4* mine = vectors_of(tile.part);
@@ -197,7 +204,7 @@ struct Consumer {
     __threadfence();
     __syncwarp();
     int arrived = 0;
-    if (leader) arrived = atomicAdd(&p.arrivals[tile.split * Config::kConsumerWarps + 4 * id + warp], 1);
+    if (leader) arrived = atomicAdd(&p.arrivals[tile.split * Config::kConsumerWarps + 4 * id() + warp], 1);
     arrived = __shfl_sync(ptx_ops::kWholeWarp, arrived, 0);
     if (arrived == parts - 1) {
       __threadfence();
@@ -205,7 +212,7 @@ struct Consumer {
       write_lse(tile);
       write_rows(tile);
     }
-    output_staged(tile_slot, slot);
+    output_staged(0);
   }
   template <class Vectors>
   __device__ void add_parts(int parts, Vectors vectors_of) {
@@ -251,10 +258,10 @@ struct Consumer {
       }
     }
   }
-  __device__ void output_staged(int tile_slot, int slot) {
+  __device__ void output_staged(int back) {
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    ptx_ops::named_barrier_arrive(kOutputStaged0 + slot, Config::kStoreThreads);
-    if (leader) ptx_ops::arrive(shared.tiles.empty[tile_slot]);
+    ptx_ops::named_barrier_arrive(kOutputStaged0 + query_slot(back), Config::kStoreThreads);
+    if (leader) ptx_ops::arrive(shared.tiles.empty[tile_slot(back)]);
   }
 
   // ---- softmax ----
@@ -362,28 +369,27 @@ struct Consumer {
   }
 
   // The last product and the end of the current tile, with nothing beside them.
-  __device__ void finish_alone(int slot) {
+  __device__ void finish_alone() {
     wait_turn();
     const int v_slot = issue_output(even, current().steps > 1);
     pass_turn();
     output_ready(v_slot);
     if (current().parts > 1)
-      finish_part(current_slot(), slot);
+      finish_part();
     else
-      write_output(current_slot(), slot, close(current()));
+      write_output(0, close(current()));
   }
   // Whether the tile after the current one, already published, may begin under the current one's end.
   __device__ bool next_overlaps() const {
-    const Tile& next = shared.tile[tiles.slot()];
+    const Tile& next = shared.tile[tile_slot(-1)];
     return Config::kOverlapsTiles && current().parts == 1 && whole_steps(next) > 0;
   }
 
   __device__ void run() {
     for (take_tile(); current().steps != kNoMoreTiles; take_tile()) {
-      queries.wait_full(shared.queries);
+      wait_query();
       if (current().steps == 0) {
-        finish_empty(current_slot(), queries.slot());
-        queries.advance();
+        finish_empty();
         continue;
       }
       const int first_slot = issue_scores();
@@ -393,25 +399,23 @@ struct Consumer {
 
       for (int n = 1;;) {
         remaining_steps(n);
-        tiles.wait_full(shared.tiles);
+        wait_next_tile();
         if (!next_overlaps()) {
-          finish_alone(queries.slot());
-          queries.advance();
+          finish_alone();
           break;
         }
         // The next tile's first step runs with this tile's last product, and this tile's epilogue under the
         // scores of the next tile's second step.
         const bool accumulate = current().steps > 1;
-        tiles.advance();
-        queries.advance();
-        queries.wait_full(shared.queries);
+        ++taken;
+        wait_query();
         const int k_slot = issue_scores(), v_slot = issue_output(even, accumulate);
         pass_turn();
-        const Inverse inverse = close(shared.tile[tiles.slot_before(2)]);
+        const Inverse inverse = close(shared.tile[tile_slot(1)]);
         scores_ready<1>(k_slot);
         first_softmax<false>(false, odd);
         output_ready(v_slot);
-        const auto write = [&] { write_output(tiles.slot_before(2), queries.slot_before(1), inverse); };
+        const auto write = [&] { write_output(1, inverse); };
         if (whole_steps(current()) == 1) {
           write();
           ptx_ops::move_registers(even, odd);
@@ -422,7 +426,7 @@ struct Consumer {
         }
       }
     }
-    if (id == 0) wait_turn();  // takes the other warpgroup's last pass
+    if (index == 0) wait_turn();  // takes the other warpgroup's last pass
   }
 };
 

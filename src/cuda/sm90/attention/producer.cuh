@@ -28,7 +28,7 @@ struct Manager {
     const int work = survey();
     int waiting = 0;  // tiles published and not yet stored
     for (bool more = true; more || waiting > 0;) {
-      while (more && waiting < Config::kTileSlots) {
+      while (more && waiting < Config::kTilesAhead) {
         more = claimed < work;
         publish(more);
         waiting += more;
