@@ -20,7 +20,7 @@ CMAKE := $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninj
          -DPython_EXECUTABLE=$(BIN)/python -DFLASHOMNI_PYTHON=ON --log-level=WARNING
 
 .DEFAULT_GOAL := help
-.PHONY: help check build demo test test-cpp test-python cuda-check lint format clean
+.PHONY: help check build demo test test-cpp test-python cuda-check gpu-record gpu-record-check lint format clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,12 @@ cuda-check: $(INSTALLED) ## compile the CUDA kernels and read what became of the
 	  $(PIP) -c constraints.txt --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace -e '.[jit]'
 	@$(BIN)/python tools/check_sass.py --ready || $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	@FLASHOMNI_CACHE_DIR=$(BUILD)/cuda $(BIN)/python tools/check_sass.py
+
+gpu-record: ## on a machine with a GPU: tests, sanitizer, benchmarks -> bench/results/<gpu>.json and docs/gpu-results.md
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) tools/gpu_record.py measure
+
+gpu-record-check: ## see whether the record is of today's kernel sources
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) tools/gpu_record.py check
 
 lint: $(INSTALLED) ## check style: ruff and clang-format
 	@$(BIN)/ruff check .

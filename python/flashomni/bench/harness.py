@@ -131,7 +131,7 @@ def block_lengths(tokens: int, block: int) -> torch.Tensor:
 def attention_flops(symbols: SparseSymbols, head_dim: int) -> float:
     """4 * head_dim a selected (query, key) pair of tokens."""
     cache, skip = symbols.masks()
-    selected = (cache.unsqueeze(-1) & skip).double()
+    selected = (cache.unsqueeze(-1) & skip).cpu().double()
     rows = block_lengths(symbols.q_tokens, symbols.block_q)
     columns = block_lengths(symbols.kv_tokens, symbols.block_kv)
     return 4.0 * head_dim * float(torch.einsum("bhij,i,j->", selected, rows, columns))

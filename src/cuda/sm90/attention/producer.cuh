@@ -81,6 +81,7 @@ struct Manager {
     } else {
       tile.steps = kNoMoreTiles, tile.masked = 0;
     }
+    __syncwarp();  // lane 0 wrote; store() reads in all lanes
     ptx_ops::arrive(shared.tiles.full[published.slot()]);
     published.advance();
     if (!more) return;

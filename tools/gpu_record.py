@@ -1,0 +1,288 @@
+"""What was tested and measured on a GPU, kept with the digest of the kernels' sources.
+
+    python tools/gpu_record.py measure [--out FOLDER] [tests] [sanitizer] [benchmarks]
+    python tools/gpu_record.py check [FILE ...]     # exit code 1 where a record is not of today's sources
+    python tools/gpu_record.py docs                 # writes docs/gpu-results.md from the records
+
+`measure` writes FOLDER/<gpu>.json (bench/results unless given) part by part: parts of the same sources are
+kept, so that a record can be made in several goes. Without names it makes all parts. It needs pytest, and
+compute-sanitizer from CUDA's toolkit; FlashAttention-3 stands beside ours where PyPI's fa3-fwd is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from time import perf_counter
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "python"))
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs" / "gpu-results.md"
+TESTS = ROOT / "tests" / "python"
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+ATTENTION_SHAPES = ((33280, 128), (16896, 128), (4608, 128), (33280, 64), (33280, 256))  # tokens, head_dim
+
+
+def digest() -> str:
+    from flashomni.jit import sources
+
+    return sources.find().digest
+
+
+# ---- parts ----
+def tests() -> dict:
+    """Counts of `pytest -m gpu`, and the failures' names."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        start = perf_counter()
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", str(TESTS)]
+        subprocess.run(command, cwd=ROOT, check=False)
+        seconds = perf_counter() - start
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    count = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = [
+        f"{case.get('classname')}.{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    problems = int(os.environ.get("FLASHOMNI_GPU_PROBLEMS", "2500"))
+    return {**count, "failed": failed, "random_problems": problems, "seconds": round(seconds, 1)}
+
+
+def sanitizer() -> dict:
+    """Errors that each tool of compute-sanitizer counts over gpu_sanitize.py; None: it did not end."""
+    program = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if program is None:
+        raise RuntimeError("compute-sanitizer: not found; it comes with CUDA's toolkit")
+    # Every allocation torch makes is its own, so that what lies beside it is watched.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = {}
+    for tool in TOOLS:
+        # initcheck must see who writes first, torch's kernels among them; the others look at ours alone.
+        only = [] if tool == "initcheck" else ["--kernel-name", "kns=flashomni"]
+        command = [program, "--tool", tool, *only, sys.executable, str(TESTS / "gpu_sanitize.py")]
+        start = perf_counter()
+        done = subprocess.run(
+            command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False
+        )
+        output = done.stdout + done.stderr
+        errors = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
+        solved = re.search(r"(\d+) problems, all right", output)
+        found[tool] = {
+            "errors": int(errors[1] or errors[2]) if errors else None,
+            "problems": int(solved[1]) if solved else None,
+            "seconds": round(perf_counter() - start, 1),
+        }
+        print(f"{tool}: {found[tool]}", flush=True)
+        if not errors or not solved or int(errors[1] or errors[2]):
+            worst = [line for line in output.splitlines() if re.search(r"Error:|Invalid|Uninitialized", line)]
+            print("\n".join([*worst[:20], *output.splitlines()[-20:]]))
+    return found
+
+
+def benchmarks() -> dict:
+    import torch
+
+    from flashomni.bench import attention_cuda
+
+    rows = []
+    for tokens, head_dim in ATTENTION_SHAPES:
+        rows += attention_cuda.run(tokens=tokens, heads=24, head_dim=head_dim, dtype=torch.bfloat16, rounds=7)
+        print(f"attention at {tokens} tokens, head_dim {head_dim}: done", flush=True)
+    return {"rows": rows, "host_us": attention_cuda.host_us()}
+
+
+PARTS = {"benchmarks": benchmarks, "tests": tests, "sanitizer": sanitizer}
+
+
+# ---- the record ----
+def machine() -> dict:
+    """What the figures depend on."""
+    import torch
+
+    from flashomni import doctor
+
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    driver, power = (
+        subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0].split(", ")
+    )
+    cuda = {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "power_limit": power,
+        "cuda": torch.version.cuda,
+    }
+    return {
+        **cuda,
+        **{name: value for name, value in doctor.machine().items() if name not in ("isa", "threads")},
+    }
+
+
+def slug(gpu: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "h100"."""
+    found = re.search(r"\b[A-Z]{1,3}\d{2,4}\b", gpu)
+    return (found[0] if found else re.sub(r"\W+", "-", gpu)).lower()
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def measure(folder: Path, parts: list[str]) -> int:
+    here, sources = machine(), digest()
+    path = folder / f"{slug(here['gpu'])}.json"
+    record = read(path)
+    if record.get("sources") != sources:
+        record = {"sources": sources}
+    record["machine"] = here
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in parts or PARTS:
+        made = PARTS[name]()
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record[name] = {"date": date, **made}
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    missing = [name for name in PARTS if name not in record]
+    print(f"record: {path}" + (f"; still without {', '.join(missing)}" if missing else ""))
+    return int(bool(faults(record)))
+
+
+def faults(record: dict) -> list[str]:
+    """What a record says went wrong."""
+    found = [f"test {name} failed" for name in record.get("tests", {}).get("failed", [])]
+    for tool in TOOLS:
+        result = record.get("sanitizer", {}).get(tool)
+        if result and (result["errors"] is None or result["errors"] > 0 or result["problems"] is None):
+            found.append(f"{tool}: {result['errors']} errors, {result['problems']} problems solved")
+    return found
+
+
+def check(paths: list[Path]) -> int:
+    today, bad = digest(), 0
+    for path in paths or sorted(RESULTS.glob("*.json")):
+        record = read(path)
+        wrong = faults(record)
+        if record.get("sources") != today:
+            wrong.insert(
+                0, f"of sources {record.get('sources', 'unknown')[:12]}, and today's are {today[:12]}"
+            )
+        wrong += [f"has no {name}" for name in PARTS if name not in record]
+        print(f"{path.name}: " + ("; ".join(wrong) or "of today's sources, complete, without faults"))
+        bad += bool(wrong)
+    if not paths and not any(RESULTS.glob("*.json")):
+        print("no record: make gpu-record, on a machine with a GPU")
+        return 1
+    return int(bad > 0)
+
+
+# ---- docs ----
+def attention_table(rows: list[dict]) -> list[str]:
+    """A line a case: selected work a second, and ratios."""
+    lines = [
+        "| density | pattern | blocks | ms | TFLOP/s | of our dense | over cuDNN | over FA3 | plan, µs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in rows:
+        case = found["case"]
+        nothing = case["density"] == 0
+        rate = "–" if nothing else f"{found['gflops'] / 1e3:.0f}"
+        shares = [
+            "–" if nothing or found[name] is None else f"{found[name]:.{digits}f}"
+            for name, digits in (("share_of_dense", 3), ("ratio", 2), ("ratio_fa3", 2))
+        ]
+        block = "x".join(map(str, case["block"]))
+        cells = [f"{case['density']:g}", case["pattern"], block, f"{found['ms']:.3f}", rate, *shares]
+        lines.append(f"| {' | '.join(cells)} | {found['plan_us']:.1f} |")
+    return lines
+
+
+def document(record: dict) -> list[str]:
+    """One GPU's section of the results page."""
+    here, lines = record["machine"], []
+    lines += [f"## {here['gpu']}", ""]
+    lines += [
+        f"Driver {here['driver']}, {here['power_limit']}, torch {here['torch']}, "
+        f"sources `{record['sources'][:12]}`.",
+        "",
+    ]
+    if "tests" in record:
+        t = record["tests"]
+        passed = t["tests"] - t["failures"] - t["errors"] - t["skipped"]
+        lines += [
+            f"Tests: {passed} passed, {t['failures'] + t['errors']} failed, {t['skipped']} skipped; among "
+            f"them one of {t['random_problems']} random attention problems against float64.",
+            "",
+        ]
+    if "sanitizer" in record:
+        said = ", ".join(
+            f"{tool} {result['errors']}" for tool, result in record["sanitizer"].items() if tool in TOOLS
+        )
+        lines += [f"compute-sanitizer, errors: {said}.", ""]
+    bench = record.get("benchmarks")
+    if bench:
+        by_shape: dict[tuple, list[dict]] = {}
+        for found in bench["rows"]:
+            if found["suite"] == "attention_cuda":
+                by_shape.setdefault((found["case"]["seqlen"], found["case"]["head_dim"]), []).append(found)
+        for (tokens, head_dim), rows in by_shape.items():
+            case, base = rows[0]["case"], rows[0]["baseline"]
+            dense = f"cuDNN {base['ms']:.3f} ms ({base['gflops'] / 1e3:.0f} TFLOP/s)"
+            if rows[0]["fa3_ms"]:
+                rate = base["gflops"] / 1e3 * base["ms"] / rows[0]["fa3_ms"]
+                dense += f", FlashAttention-3 {rows[0]['fa3_ms']:.3f} ms ({rate:.0f})"
+            lines += [
+                f"### Attention, {tokens} tokens, {case['heads']} heads of {head_dim}, {case['dtype']}",
+                "",
+            ]
+            lines += [f"Dense: {dense}.", "", *attention_table(rows), ""]
+        host = ", ".join(f"{name} {us:.1f} µs" for name, us in bench["host_us"].items())
+        lines += [f"Host time of an eager call: {host}.", ""]
+    return lines
+
+
+def docs() -> int:
+    lines = [
+        "# Measured on GPUs",
+        "",
+        "Written by `make gpu-record` (tools/gpu_record.py) from bench/results; do not edit. Medians of CUDA",
+        "graphs of 40 ms, all arms of a table in turn in one run, the plan included; TFLOP/s are of selected",
+        "work.",
+        "",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        lines += document(read(path))
+    DOCS.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    print(f"wrote {DOCS.relative_to(ROOT)}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("--out", type=Path, default=RESULTS)
+    measuring.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
+    checking = commands.add_parser("check")
+    checking.add_argument("files", nargs="*", type=Path)
+    commands.add_parser("docs")
+    arguments = parser.parse_args()
+    if arguments.command == "measure":
+        status = measure(arguments.out, arguments.parts)
+        return docs() or status if arguments.out == RESULTS else status
+    return check(arguments.files) if arguments.command == "check" else docs()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
