@@ -43,10 +43,10 @@ def is_direct(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], requir
     direct = not compiling
     grad = torch.is_grad_enabled()
     for i, tensor in enumerate(tensors):
+        if tensor is None and i >= required:
+            continue
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter:
-            if tensor is None and i >= required:
-                continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{names[i]}: expected a torch.Tensor, got {kind.__name__}")
             direct = False
@@ -98,7 +98,7 @@ def _invoke_on_gpu(function: str, like: Tensor, arguments: tuple) -> None:
     if index not in _ready:
         _make_ready(like)
     native = getattr(library, function)
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing():
         needed = native(*arguments, None, 0)
         native(*arguments, _workspace(like.device, needed), 0)
         return
@@ -128,6 +128,7 @@ def _raw_stream(index: int) -> int:
 
 # What torch's own compiled code calls: it takes a tenth of the time, and is absent where torch has no CUDA.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _raw_stream)
+_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
 
 
 def _workspace(device: torch.device | str, size: int) -> Tensor:

@@ -95,7 +95,7 @@ struct AttentionConfig {
     // tiles   | 32, manager lanes   | 1 + consumer warps: loader, the epilogues | tile
     // queries | 1 + bytes, loader   | 1, manager, once the output has left      | query
     // blocks  | 1 + bytes, loader   | consumer warps                            | ring
-    // masks   | 32, loader lanes    | consumer warps                            | mask
+    // masks   | 32, loader lanes    | consumer threads                          | mask
     // landing | 1 + bytes, loader   | -: only the loader waits                  | a V to be cleaned
     RingBarriers<kTileSlots> tiles;
     RingBarriers<kQuerySlots> queries;

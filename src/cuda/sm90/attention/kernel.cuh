@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     shared.tiles.init(32, 1 + Config::kConsumerWarps);
     shared.queries.init(1, 1);
     shared.blocks.init(1, Config::kConsumerWarps);
-    shared.masks.init(32, Config::kConsumerWarps);
+    shared.masks.init(32, 32 * Config::kConsumerWarps);
     ::cuda::ptx::mbarrier_init(&shared.landing, 1);
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
   }
