@@ -277,6 +277,7 @@ struct Consumer {
       const bool seen = column % 64 <= limit[8 * (i / 4) / 64] + 8 * (i % 4 / 2) && bias > -INFINITY;
       scores[i] = seen ? scores[i] + bias : -INFINITY;  // where there is no key the score may be NaN
     }
+    __syncwarp();
     ptx_ops::arrive(shared.masks.empty[masks.slot()]);
     masks.advance();
   }
