@@ -25,6 +25,9 @@ _EXPORTS = {
     "taylor_forecast": "flashomni.ops",
     "packbits": "flashomni.ops",
     "segment_packbits": "flashomni.ops",
+    "flashomni_gemm": "flashomni.compat",
+    "flashomni_gemm_reduction": "flashomni.compat",
+    "cmake_prefix_path": "flashomni.cmake",
     "warmup": "flashomni.jit",
     "enable": "flashomni.diffusers",
     "disable": "flashomni.diffusers",
@@ -32,7 +35,7 @@ _EXPORTS = {
     "stats": "flashomni.diffusers",
     "explain": "flashomni.diffusers",
 }
-_MODULES = ("config", "diffusers", "ops", "schedule", "symbols", "tiny_flux")
+_MODULES = ("attention", "compat", "config", "diffusers", "ops", "schedule", "symbols", "tiny_flux")
 
 __all__ = [*_EXPORTS, *_MODULES]
 
