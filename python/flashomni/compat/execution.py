@@ -115,22 +115,17 @@ def _run_class(
     """One class of rows of one sequence, into its rows of out and lse."""
     blocks = slice(kind.q_blocks.start, kind.q_blocks.stop)
     rows = slice(blocks.start * plan.block_q, min(blocks.stop * plan.block_q, q.shape[0]))
-    cache = cache[blocks] & kind.q_holds[:, None]
-    skip = skip[blocks] & kind.kv_holds
-    symbols = SparseSymbols.from_masks(
-        cache.T[None],
-        skip.transpose(0, 1)[None] if k.shape[0] else None,
-        q_tokens=rows.stop - rows.start,
-        kv_tokens=k.shape[0],
-        block_q=plan.block_q,
-        block_kv=plan.block_kv,
-    )
+    targets = [x[rows] for x in (out, lse) if x is not None]
+    q, results = q[rows], targets
+    alone = not kind.whole and len(kind.q_blocks) == 1
+    if alone:  # then the other rows of its block need not be computed
+        q, results = q[kind.rows], [x[kind.rows] for x in targets]
+    elif not kind.whole:
+        results = [x.clone() for x in targets]
     if kind.order is not None:
         k, v = k[kind.order], v[kind.order]
-    targets = [x[rows] for x in (out, lse) if x is not None]
-    results = targets if kind.whole else [x.clone() for x in targets]
     sparse_attention(
-        *(q[None, rows], k[None], v[None], symbols),
+        *(q[None], k[None], v[None], _class_symbols(plan, kind, cache[blocks], skip[blocks], q, k)),
         scale=plan.scale,
         out=results[0][None],
         lse=results[1][None] if lse is not None else None,
@@ -138,4 +133,19 @@ def _run_class(
     )
     if not kind.whole:
         for target, result in zip(targets, results, strict=True):
-            target.index_copy_(0, kind.rows, result.index_select(0, kind.rows))
+            target.index_copy_(0, kind.rows, result if alone else result[kind.rows])
+
+
+def _class_symbols(
+    plan: Plan, kind: RowClass, cache: Tensor, skip: Tensor, q: Tensor, k: Tensor
+) -> SparseSymbols:
+    """The bits of the class's query blocks, less what none of its rows needs."""
+    cache, skip = cache & kind.q_holds[:, None], skip & kind.kv_holds
+    return SparseSymbols.from_masks(
+        cache.T[None],
+        skip.transpose(0, 1)[None] if k.shape[0] else None,
+        q_tokens=q.shape[0],
+        kv_tokens=k.shape[0],
+        block_q=plan.block_q,
+        block_kv=plan.block_kv,
+    )
