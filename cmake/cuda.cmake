@@ -1,11 +1,10 @@
 # The CUDA backend, libflashomni_cuda_sm90.so: a plugin that stands apart from the library, built by nvcc alone. Python
 # builds the same at first use (python/flashomni/jit); which files and which digest is said there and here alike.
 
-set(cuda_archs 90a)
-if(DEFINED ENV{FLASHOMNI_CUDA_ARCHS})
-  set(cuda_archs $ENV{FLASHOMNI_CUDA_ARCHS})
+set(FLASHOMNI_CUDA_ARCHS 90a CACHE STRING "GPU architectures to build for; 90a (Hopper) is all today")
+if(NOT "$ENV{FLASHOMNI_CUDA_ARCHS}" STREQUAL "")
+  set(FLASHOMNI_CUDA_ARCHS $ENV{FLASHOMNI_CUDA_ARCHS})
 endif()
-set(FLASHOMNI_CUDA_ARCHS "${cuda_archs}" CACHE STRING "GPU architectures to build for; 90a (Hopper) is all today")
 if(NOT FLASHOMNI_CUDA_ARCHS STREQUAL "90a")
   message(FATAL_ERROR "FLASHOMNI_CUDA_ARCHS: expected 90a, got ${FLASHOMNI_CUDA_ARCHS}")
 endif()

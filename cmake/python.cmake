@@ -24,7 +24,6 @@ if(SKBUILD)
   install(TARGETS flashomni_ffi LIBRARY DESTINATION flashomni)
   # What the first use of a GPU compiles (python/flashomni/jit/sources.py).
   set(csrc flashomni/csrc)
-  install(DIRECTORY include/flashomni DESTINATION ${csrc}/include FILES_MATCHING PATTERN *.h)
   install(DIRECTORY src/cuda DESTINATION ${csrc}/src FILES_MATCHING PATTERN *.cu PATTERN *.cuh PATTERN *.h
           PATTERN *.map PATTERN *.options)
   install(FILES src/core/error.cc src/core/tensor.cc DESTINATION ${csrc}/src/core)

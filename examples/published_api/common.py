@@ -16,7 +16,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--text", type=int, default=512, help="text tokens, which are never cached nor skipped"
+        "--text", type=int, default=512, help="text tokens, which are never cached"
     )
     parser.add_argument("--image", type=int, default=None, help="image tokens (16384 on a GPU, 2048 else)")
     parser.add_argument("--heads", type=int, default=None, help="24 on a GPU, 4 else")
@@ -29,14 +29,13 @@ def arguments(description: str) -> argparse.Namespace:
             setattr(found, name, gpu if on_gpu else cpu)
     found.tokens = found.text + found.image
     found.dtype = torch.bfloat16
-    print(
-        f"{found.device}, {found.text} + {found.image} tokens, {found.heads} heads of {found.head_dim}, bfloat16"
-    )
+    heads = f"{found.heads} heads of {found.head_dim}"
+    print(f"{found.device}, {found.text} + {found.image} tokens, {heads}, bfloat16")
     return found
 
 
 def cache_bits(options: argparse.Namespace, sparsity: float) -> torch.Tensor:
-    """bool [q_blocks, heads]: False for about `sparsity` of the tiles; blocks with text are always computed."""
+    """bool [q_blocks, heads]: False for about `sparsity` of the tiles, never for one with text."""
     blocks = -(-options.tokens // 128)
     keep = torch.rand(blocks, options.heads) >= sparsity
     keep[: -(-options.text // 128)] = True

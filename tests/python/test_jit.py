@@ -157,6 +157,15 @@ def test_an_old_nvcc_is_passed_over_and_told(monkeypatch, no_nvcc, tmp_path):
     assert toolkit.find().version == (13, 2)
 
 
+def test_other_architectures_are_refused(monkeypatch, nvcc):
+    for named in ("90a", ""):
+        monkeypatch.setenv("FLASHOMNI_CUDA_ARCHS", named)
+        toolkit.find()
+    monkeypatch.setenv("FLASHOMNI_CUDA_ARCHS", "80;90a")
+    with pytest.raises(toolkit.ToolkitError, match="FLASHOMNI_CUDA_ARCHS: expected 90a .*, got 80;90a"):
+        toolkit.find()
+
+
 def test_no_nvcc_says_what_to_install(no_nvcc):
     with pytest.raises(
         toolkit.ToolkitError, match=r"expected 13\.0 or newer, got .*pip install 'nvidia-cuda-nvcc"
@@ -340,6 +349,13 @@ def test_an_interrupted_build_leaves_nothing_broken(tree, nvcc, how):
             os.killpg(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+
+def test_a_second_process_does_not_recompile(tree, nvcc):
+    outputs = [builder(tree).communicate(timeout=60) for _ in range(2)]
+    assert outputs[0][0] == outputs[1][0] and outputs[0][0].strip()
+    assert "building" in outputs[0][1] and outputs[1][1] == ""
+    assert len(calls(nvcc)) == len(tree.units) + 1
 
 
 # What there is, and loading it

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEAST = (13, 0)
+ARCHITECTURES = "90a"  # as src/cuda/sm90/nvcc.options has it
 USUAL = Path("/usr/local/cuda/bin/nvcc")
 PACKAGES = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl"
 ADVICE = (
@@ -89,8 +90,16 @@ def host_compiler() -> tuple[Path, str]:
     )
 
 
+def check_architectures() -> None:
+    """ToolkitError where FLASHOMNI_CUDA_ARCHS asks for what there are no kernels for."""
+    named = os.environ.get("FLASHOMNI_CUDA_ARCHS") or ARCHITECTURES
+    if named != ARCHITECTURES:
+        raise ToolkitError(f"FLASHOMNI_CUDA_ARCHS: expected {ARCHITECTURES} (Hopper), got {named}")
+
+
 def find() -> Toolkit:
     """The first nvcc of LEAST or newer. ToolkitError that lists what came instead."""
+    check_architectures()
     seen = []
     for place, path in _candidates():
         if not path.is_file() or not os.access(path, os.X_OK):
