@@ -20,7 +20,8 @@ CMAKE := $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninj
          -DPython_EXECUTABLE=$(BIN)/python -DFLASHOMNI_PYTHON=ON --log-level=WARNING
 
 .DEFAULT_GOAL := help
-.PHONY: help check build demo test test-cpp test-python cuda-check gpu-record gpu-record-check lint format clean
+.PHONY: help check build demo test test-cpp test-python test-installs cuda-check gpu-record gpu-record-check lint \
+        format clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +76,9 @@ gpu-record: ## on a machine with a GPU: tests, sanitizer, benchmarks -> bench/re
 
 gpu-record-check: ## see whether the record is of today's kernel sources
 	@$(or $(wildcard $(BIN)/python),$(PYTHON)) tools/gpu_record.py check
+
+test-installs: $(INSTALLED) ## install in every way that users may, each in an environment of its own
+	@PATH=$(BIN):$$PATH $(PYTHON) tests/installs/installs.py $(TEST_ARGS)
 
 lint: $(INSTALLED) ## check style: ruff and clang-format
 	@$(BIN)/ruff check .

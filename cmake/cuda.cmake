@@ -26,7 +26,7 @@ if(NOT FLASHOMNI_NVCC)
 endif()
 execute_process(COMMAND ${FLASHOMNI_NVCC} --version OUTPUT_VARIABLE nvcc_says RESULT_VARIABLE result)
 if(NOT result EQUAL 0 OR NOT nvcc_says MATCHES "release ([0-9]+\\.[0-9]+)")
-  message(FATAL_ERROR "${FLASHOMNI_NVCC} --version names no release")
+  message(FATAL_ERROR "The CUDA backend needs nvcc 13.0 or newer, and ${FLASHOMNI_NVCC} --version names no release")
 endif()
 if(CMAKE_MATCH_1 VERSION_LESS 13.0)
   message(FATAL_ERROR "The CUDA backend needs nvcc 13.0 or newer, and ${FLASHOMNI_NVCC} is ${CMAKE_MATCH_1}: name "

@@ -15,9 +15,7 @@ import flashomni
 def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--text", type=int, default=512, help="text tokens, which are never cached"
-    )
+    parser.add_argument("--text", type=int, default=512, help="text tokens, which are never cached")
     parser.add_argument("--image", type=int, default=None, help="image tokens (16384 on a GPU, 2048 else)")
     parser.add_argument("--heads", type=int, default=None, help="24 on a GPU, 4 else")
     parser.add_argument("--head-dim", type=int, default=128)
