@@ -1,7 +1,8 @@
-// Block-sparse attention on a GPU, in memory and on a stream of the program's own; one row is checked by hand.
+// Block-sparse attention on a GPU, in memory and on a stream of the program's own; one row is checked by
+// hand.
 //
-// The CUDA backend is a plugin: FLASHOMNI_PLUGIN_PATH names the folder of libflashomni_cuda_sm90.so, or it lies
-// beside the library. Exits with 77 where there is no CUDA device.
+// The CUDA backend is a plugin: FLASHOMNI_PLUGIN_PATH names the folder of libflashomni_cuda_sm90.so, or it
+// lies beside the library. Exits with 77 where there is no CUDA device.
 #include <cuda_runtime.h>
 
 #include <algorithm>
