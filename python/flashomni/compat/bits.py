@@ -67,7 +67,8 @@ def element_bits(name: str, bits: Tensor, indptr: Tensor | None, index: int, cou
         _expect_size(name, index, size, packed.shape[0])
     else:
         if indptr.is_cpu:
-            _expect_size(name, index, size, int(indptr[index + 1] - indptr[index]))
+            begin, end = indptr[index : index + 2].tolist()
+            _expect_size(name, index, size, min(end, bits.shape[0]) - begin)
         packed = bits[indptr[index] + torch.arange(size, device=bits.device)]
     return unpack(packed, count)
 
@@ -87,7 +88,7 @@ def row_symbols(
             _expect_size("sparse_info", b, size, min(starts[b + 1], bits.shape[0]) - starts[b], "at least ")
         bits, indptr = torch.stack([bits[start : start + size] for start in starts[:-1]]), None
     elif indptr is None:
-        bits = bits.view(batch, -1)
+        bits = bits if bits.ndim == 2 else bits[None]
         _expect_size("sparse_info", 0, size, bits.shape[1], "at least ")
         bits = bits[:, :size]
     return SparseSymbols(bits, None, batch, heads, tokens, tokens, block, block, cache_indptr=indptr)

@@ -247,13 +247,13 @@ class BatchFlashOmniFAWithRaggedKVWrapper:
     forward_return_lse = run_return_lse
 
     def _check_inputs(self, plan: planning.Plan, q: Tensor, k: Tensor, v: Tensor) -> None:
-        keys = (plan.kv_tokens, plan.kv_heads, plan.head_dim)
+        keys, tokens = (plan.kv_tokens, plan.kv_heads, plan.head_dim), 0
         if self._kv_layout == "HND":
-            keys = (plan.kv_heads, plan.kv_tokens, plan.head_dim)
-        for name, tensor, shape in (
-            ("q", q, (plan.q_tokens, plan.heads, plan.head_dim)),
-            ("k", k, keys),
-            ("v", v, keys),
+            keys, tokens = (plan.kv_heads, plan.kv_tokens, plan.head_dim), 1
+        for name, tensor, shape, axis in (
+            ("q", q, (plan.q_tokens, plan.heads, plan.head_dim), 0),
+            ("k", k, keys, tokens),
+            ("v", v, keys, tokens),
         ):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -261,15 +261,17 @@ class BatchFlashOmniFAWithRaggedKVWrapper:
                 raise TypeError(f"{name}: expected {plan.q_dtype}, as in plan(), got {describe(tensor)}")
             if tensor.device != self.device:
                 raise ValueError(f"{name}: expected a tensor on {self.device}, got one on {tensor.device}")
-            if not self._fits(tensor, shape):
+            if not self._fits(tensor, shape, axis):
                 layout = self._kv_layout if name != "q" else "NHD"
                 raise ValueError(f"{name}: expected {list(shape)} ({layout}), got {describe(tensor)}")
 
-    def _fits(self, tensor: Tensor, shape: tuple[int, ...]) -> bool:
-        """In a graph tensors keep their size, and a later plan may fill them in part."""
-        if not self._use_cuda_graph:
+    def _fits(self, tensor: Tensor, shape: tuple[int, ...], tokens: int) -> bool:
+        """In a graph tensors keep their size, and a later plan may fill fewer of their tokens."""
+        if not self._use_cuda_graph or tensor.ndim != 3:
             return tuple(tensor.shape) == shape
-        return tensor.ndim == 3 and all(got >= need for got, need in zip(tensor.shape, shape, strict=True))
+        used = [*tensor.shape]
+        used[tokens] = min(used[tokens], shape[tokens])
+        return tuple(used) == shape
 
     @staticmethod
     def _check_bits(
