@@ -46,7 +46,8 @@ class Environment:
     """A Python with what the package depends on, and without the package; kept for all cases."""
 
     def __init__(self, work: Path, python: str, torch: str) -> None:
-        self.folder = work / f"env-{Path(python).name}-{torch or 'any'}"
+        name = str(python).strip("/").replace("/", "-")
+        self.folder = work / f"env-{name}-{torch or 'any'}"
         self.python = self.folder / "bin" / "python"
         if not self.python.exists():
             run(python, "-m", "venv", self.folder)

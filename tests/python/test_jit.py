@@ -248,6 +248,9 @@ def test_cmake_makes_the_same_digest(tree, nvcc):
     old = fake_nvcc(root / "old", "12.9")
     result = subprocess.run([*configure[:-1], f"-DFLASHOMNI_NVCC={old}"], capture_output=True, text=True)
     assert result.returncode != 0 and "is 12.9" in " ".join(result.stderr.split())
+    environment = {**os.environ, "FLASHOMNI_CUDA_ARCHS": "80"}
+    result = subprocess.run(configure, capture_output=True, text=True, env=environment)
+    assert result.returncode != 0 and "expected 90a, got 80" in " ".join(result.stderr.split())
 
 
 # Building
