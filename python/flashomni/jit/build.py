@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -184,17 +185,14 @@ class _Processes:
     def __init__(self) -> None:
         self._running: set[subprocess.Popen] = set()
         self._ended = False
+        self._lock = threading.Lock()  # none starts between end()'s look and its word
 
     def run(self, command: list[str], what: str) -> str:
-        if self._ended:
-            raise BuildError(f"{what}: stopped")
-        try:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-            )
-        except OSError as error:
-            raise BuildError(f"{what}: {command[0]} cannot be run: {error}") from error
-        self._running.add(process)
+        with self._lock:
+            if self._ended:
+                raise BuildError(f"{what}: stopped")
+            process = self._start(command, what)
+            self._running.add(process)
         output, _ = process.communicate()
         self._running.discard(process)
         if process.returncode != 0:
@@ -205,9 +203,20 @@ class _Processes:
             )
         return output
 
+    @staticmethod
+    def _start(command: list[str], what: str) -> subprocess.Popen:
+        try:
+            return subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            )
+        except OSError as error:
+            raise BuildError(f"{what}: {command[0]} cannot be run: {error}") from error
+
     def end(self) -> None:
-        self._ended = True
-        for process in list(self._running):
+        with self._lock:
+            self._ended = True
+            running = list(self._running)
+        for process in running:
             try:
                 os.killpg(process.pid, signal.SIGTERM)
             except ProcessLookupError:
