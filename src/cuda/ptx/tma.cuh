@@ -6,7 +6,8 @@
 namespace flashomni::cuda::ptx_ops {
 
 // What createpolicy.fractional.L2 gives for a fraction of 1.0: constants, which cost no registers.
-inline constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000;
+inline constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000,
+                          kEvictNormal = 0x1000000000000000;
 
 /// Where a box starts, in elements.
 struct BoxStart {

@@ -28,14 +28,6 @@ int64_t tokens_of(const TensorView& t) {
   return t.size(t.ndim - 3);
 }
 
-Bits bits_of(const TensorView& bits, const TensorView& indptr) {
-  if (!bits.present()) return {};
-  const bool packed = indptr.present();
-  const int64_t stride = packed ? 0 : bits.strides[0];
-  const int64_t size = packed ? bits.size(0) : (bits.size(0) - 1) * stride + bits.size(1);
-  return {bits.as<const uint8_t>(), packed ? indptr.as<const int32_t>() : nullptr, stride, size};
-}
-
 Problem problem_of(const AttentionArguments& a) {
   Problem p{};
   p.cache = bits_of(a.symbols.cache, a.symbols.cache_indptr);

@@ -1,0 +1,50 @@
+// Symbols as kernels read them: packed bits, 32 at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "flashomni/tensor.h"
+
+namespace flashomni::cuda::sm90 {
+
+inline constexpr int kBitsAWord = 32;
+
+/// Packed bits of all batch elements (see flashomni/symbols.h); a null pointer reads as all ones.
+struct Bits {
+  const uint8_t* bytes;
+  const int32_t* indptr;  // byte offsets, or null: element b starts at b * stride
+  int64_t stride, size;   // bytes
+
+  /// Bits [bit, bit + 32) of element b. Bytes past the buffer read as 0.
+  __device__ uint32_t word(int b, int64_t bit) const {
+    if (bytes == nullptr) return ~0u;
+    const uint8_t* at = bytes + (indptr != nullptr ? indptr[b] : b * stride) + (bit >> 3);
+    const uint8_t* aligned = at - (reinterpret_cast<uintptr_t>(at) & 3);
+    const uint8_t* end = bytes + size;
+    const int shift = static_cast<int>(at - aligned) * 8 + static_cast<int>(bit & 7);
+    if (aligned >= bytes && aligned + 8 <= end) {
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(aligned);
+      return __funnelshift_r(words[0], words[1], shift);
+    }
+    uint64_t value = 0;
+    for (int i = 0; i < 8; ++i)
+      if (aligned + i >= bytes && aligned + i < end) value |= uint64_t(aligned[i]) << (8 * i);
+    return static_cast<uint32_t>(value >> shift);
+  }
+};
+
+/// Ones in bits [0, count) of a word; count may be anything.
+__device__ inline uint32_t low_bits(int count) {
+  return count <= 0 ? 0 : count >= kBitsAWord ? ~0u : (1u << count) - 1;
+}
+
+/// What a kernel reads of packed bits and, where present, their byte offsets.
+inline Bits bits_of(const TensorView& bits, const TensorView& indptr) {
+  if (!bits.present()) return {};
+  const bool packed = indptr.present();
+  const int64_t stride = packed ? 0 : bits.strides[0];
+  const int64_t size = packed ? bits.size(0) : (bits.size(0) - 1) * stride + bits.size(1);
+  return {bits.as<const uint8_t>(), packed ? indptr.as<const int32_t>() : nullptr, stride, size};
+}
+
+}  // namespace flashomni::cuda::sm90

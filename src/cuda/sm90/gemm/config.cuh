@@ -1,0 +1,60 @@
+// Every size of the sparse GEMM kernels: tile, threads, registers, shared memory, barriers.
+#pragma once
+
+#include <cstdint>
+
+#include "src/cuda/sm90/ring.cuh"
+
+namespace flashomni::cuda::sm90 {
+
+inline constexpr int kNoMoreWork = -1;
+
+/// A stage holds 128 rows of one operand and 256 of the other, 64 columns of the reduction: GEMM-Q's tile is
+/// 128 features by 256 tokens, GEMM-O's 128 tokens by 256 features.
+struct GemmSizes {
+  static constexpr int kNarrow = 128, kWide = 256, kStepK = 64, kStages = 4, kTileSlots = 4;
+  static constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kStoreThreads = 128 + 32;
+  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+  static constexpr uint32_t kRowBytes = kStepK * 2;
+  static constexpr uint32_t kNarrowBytes = kNarrow * kRowBytes, kWideBytes = kWide * kRowBytes;
+  static constexpr uint32_t kStageBytes = kNarrowBytes + kWideBytes;
+  static constexpr uint32_t kStagingBytes = 64 * kWide * 2;  // the output of one consumer
+};
+
+template <class Element_, class Tile_>
+struct GemmConfig : GemmSizes {
+  using Element = Element_;
+  using Tile = Tile_;
+
+  // Shared-memory plan: 4 stages of 48 KB; 32 KB of staging, which the consumers fill in turns. So one
+  // consumer's epilogue runs while the other multiplies.
+  struct alignas(1024) Shared {
+    unsigned char stage[kStages][kStageBytes];
+    unsigned char staging[kStagingBytes];
+    Tile tile[kTileSlots];
+    uint32_t step[kStages];   // GEMM-O: who multiplies, how deep (see Step)
+    float coefficient[4];     // GEMM-O
+    int arrived[kConsumers];  // of a split tile's parts
+    int stores[kConsumers];   // whether what is staged is to be stored: not of an unfinished part
+    // barrier | full: arrivals, by     | empty: arrivals, by                 | guards
+    // tiles   | 32, scheduler lanes    | 2 + consumer warps: loader, storer  | tile
+    // stages  | 1 + bytes, loader      | consumer warps                      | stage, step
+    // turn[i] | 1, storer: the other consumer's output has left; consumer i waits to fill staging, stores[i]
+    RingBarriers<kTileSlots> tiles;
+    RingBarriers<kStages> stages;
+    uint64_t turn[kConsumers];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared);
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+// Named barriers (0 is __syncthreads). A warp that waits at one is not polling, unlike at an mbarrier.
+enum GemmBarrier : int {
+  kOutputStaged0 = 1,  // consumer 0's 128 threads arrive, the storer waits: its output lies in staging
+  kOutputStaged1 = 2,
+  kPartWritten0 = 3,  // the 128 threads of consumer 0 wait for each other
+  kPartWritten1 = 4,
+};
+
+}  // namespace flashomni::cuda::sm90

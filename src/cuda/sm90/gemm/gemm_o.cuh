@@ -1,0 +1,244 @@
+// GEMM-O on the device, Update and Dispatch: what a tile is, and who does what with it. A tile is 128 tokens by
+// 256 output features; the reduction visits the heads that the bits name, then the columns past the heads.
+#pragma once
+
+#include <cuda.h>
+
+#include "flashomni/gemm.h"
+#include "src/cuda/sm90/bits.cuh"
+#include "src/cuda/sm90/gemm/consumer.cuh"
+#include "src/cuda/sm90/gemm/kernel.cuh"
+
+namespace flashomni::cuda::sm90 {
+
+struct OTile {
+  // First of the heads that are cached, which an Update stores; then of the active ones and the columns past
+  // the heads. steps[0] = kNoMoreWork ends the loop.
+  int steps[2];
+  int stores;            // 2: after both stretches; 1: after the last only
+  int row, column;       // first token, below 0 where rows lie before the matrix; first output feature
+  int order, batch;
+  int block;             // of the joint sequence, of consumer 0's rows
+  unsigned char bias[GemmSizes::kWide * 2];
+};
+
+struct OParameters {
+  CUtensorMap o[kMaxOrder + 1], weight;  // by heads
+  CUtensorMap o_past, weight_past;       // the columns past the heads
+  CUtensorMap cached[kMaxOrder + 1], out;
+  Bits cache;
+  int* next;                  // tile to claim beyond the first round
+  const void* bias;           // Update: one a feature, or null
+  const float* coefficients;  // Dispatch; null: an Update
+  int64_t coefficient_stride;
+  uint64_t weight_policy;
+  int orders, heads, head_dim, past;  // past: columns past the heads
+  int block_q, first_block, rows, row_offset;
+  int row_tiles, batch, column_tiles, features;
+
+  __device__ bool dispatches() const { return coefficients != nullptr; }
+  /// Whether the matrix has any of the 64 rows from `row` on.
+  __device__ bool has_rows(int row) const { return row > -64 && row < rows; }
+  /// Steps that a head takes, and the columns past the heads.
+  __device__ int head_steps() const { return (head_dim + GemmSizes::kStepK - 1) / GemmSizes::kStepK; }
+  __device__ int past_steps() const { return (past + GemmSizes::kStepK - 1) / GemmSizes::kStepK; }
+};
+
+/// 16-column slices of a step that begins `columns` before the end.
+__device__ inline uint32_t depth_of(int columns) {
+  return min(max((columns + 15) / 16, 1), int(Step::kWholeDepth));
+}
+
+/// The bits of a tile's two halves of 64 rows, which lie in one row block of 128 or in two of 64.
+struct TileHeads {
+  const OParameters& p;
+  const OTile& tile;
+
+  /// Heads [32 w, 32 w + 32) of one half: the active or the cached ones.
+  __device__ uint32_t word(int w, int half, bool active) const {
+    if (!p.has_rows(tile.row + 64 * half)) return 0;
+    const int block = tile.block + (p.block_q == 64 ? half : 0);
+    const uint32_t bits = p.cache.word(tile.batch, int64_t(block) * p.heads + kBitsAWord * w);
+    return (active ? bits : ~bits) & low_bits(p.heads - kBitsAWord * w);
+  }
+  __device__ int words() const { return (p.heads + kBitsAWord - 1) / kBitsAWord; }
+  /// Heads that either half has.
+  __device__ int count(bool active) const {
+    int heads = 0;
+    for (int w = 0; w < words(); ++w) heads += __popc(word(w, 0, active) | word(w, 1, active));
+    return heads;
+  }
+};
+
+/// Claims tiles ahead of the other warps and tells them.
+template <class Config>
+struct OScheduler {
+  using Element = typename Config::Element;
+  static constexpr int kBand = 16;  // row tiles that share the weight's features in the cache
+  typename Config::Shared& shared;
+  const OParameters& p;
+  RingCursor<Config::kTileSlots> published;
+
+  __device__ OScheduler(typename Config::Shared& shared, const OParameters& p) : shared(shared), p(p) {}
+
+  __device__ void run() {
+    // A Dispatch has one tile a place, an Update one of every order.
+    const int rows = p.row_tiles * p.batch * (p.dispatches() ? 1 : p.orders), tiles = rows * p.column_tiles;
+    for (int tile = blockIdx.x; tile < tiles;) {
+      publish(tile, rows);
+      int claimed = 0;
+      if (ptx_ops::lane_index() == 0) claimed = atomicAdd(p.next, 1);
+      tile = gridDim.x + __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
+    }
+    published.wait_empty_relaxed(shared.tiles);
+    shared.tile[published.slot()].steps[0] = kNoMoreWork;
+    ptx_ops::arrive(shared.tiles.full[published.slot()]);
+  }
+
+  /// Bands of row tiles, through all features before the next band. Order 0, which takes longest, comes first.
+  __device__ void publish(int index, int rows) {
+    const int lane = ptx_ops::lane_index();
+    const int band = index / (kBand * p.column_tiles), in_band = index % (kBand * p.column_tiles);
+    const int height = min(kBand, rows - band * kBand);
+    const int row = band * kBand + in_band % height, column = in_band / height * Config::kWide;
+    published.wait_empty_relaxed(shared.tiles);
+    OTile& tile = shared.tile[published.slot()];
+    if (lane == 0) {
+      const int place = row % (p.row_tiles * p.batch), blocks_a_tile = Config::kNarrow / p.block_q;
+      tile.order = row / (p.row_tiles * p.batch);
+      tile.batch = place / p.row_tiles, tile.column = column;
+      tile.block = p.first_block + place % p.row_tiles * blocks_a_tile;
+      tile.row = tile.block * p.block_q - p.row_offset;
+      const TileHeads heads{p, tile};
+      const bool main = tile.order == 0;
+      tile.steps[0] = p.dispatches() ? 0 : heads.count(false) * p.head_steps();
+      tile.steps[1] = main ? heads.count(true) * p.head_steps() + p.past_steps() : 0;
+      tile.stores = main && !p.dispatches() ? 2 : 1;
+    }
+    if (p.bias != nullptr)
+      for (int i = lane; i < min(p.features - column, Config::kWide); i += 32)
+        reinterpret_cast<Element*>(tile.bias)[i] = static_cast<const Element*>(p.bias)[column + i];
+    ptx_ops::arrive(shared.tiles.full[published.slot()]);
+    published.advance();
+  }
+};
+
+/// Walks a tile's heads and keeps the stages full. Of a Dispatch, what is added comes first: each consumer's
+/// rows of cached[i] in a stage of their own.
+template <class Config>
+struct OLoader {
+  typename Config::Shared& shared;
+  const OParameters& p;
+  const bool leader = ptx_ops::elect_one();
+  RingCursor<Config::kTileSlots> tiles;
+  RingCursor<Config::kStages> stages;
+
+  __device__ OLoader(typename Config::Shared& shared, const OParameters& p) : shared(shared), p(p) {}
+
+  __device__ void run() {
+    for (;; tiles.advance()) {
+      tiles.wait_full(shared.tiles);
+      const OTile& tile = shared.tile[tiles.slot()];
+      if (tile.steps[0] == kNoMoreWork) return;
+      if (p.dispatches())
+        load_cached(tile);
+      else
+        load_heads(tile, false);
+      if (tile.order == 0) {
+        load_heads(tile, true);
+        for (int column = 0; column < p.past; column += Config::kStepK)
+          load_step(p.o_past, p.weight_past, tile, {column, 0, 0, 0}, 3, p.past);
+      }
+      __syncwarp();
+      if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
+    }
+  }
+
+  __device__ void load_cached(const OTile& tile) {
+    for (int i = 0; i < p.orders; ++i) {
+      if (shared.coefficient[i] == 0) continue;
+      for (int consumer = 0; consumer < Config::kConsumers; ++consumer, stages.advance()) {
+        stages.wait_empty(shared.stages);
+        if (!leader) continue;
+        uint64_t& full = shared.stages.full[stages.slot()];
+        const uint32_t to = ptx_ops::shared_address(shared.stage[stages.slot()]);
+        shared.step[stages.slot()] = Step::make(1u << consumer, 0);
+        ptx_ops::arrive_expect_bytes(full, Config::kStagingBytes);
+        for (int panel = 0; panel < Config::kWide / 64; ++panel)
+          ptx_ops::tma_load(to + panel * 64 * Config::kRowBytes, &p.cached[i], full,
+                            {tile.column + 64 * panel, tile.row + 64 * consumer, 0, tile.batch}, ptx_ops::kEvictFirst);
+      }
+    }
+  }
+
+  __device__ void load_heads(const OTile& tile, bool active) {
+    const TileHeads heads{p, tile};
+    for (int w = 0; w < heads.words(); ++w) {
+      const uint32_t first = heads.word(w, 0, active), second = heads.word(w, 1, active);
+      for (uint32_t either = first | second; either != 0; either &= either - 1) {
+        const int bit = __ffs(either) - 1;
+        const uint32_t consumers = (first >> bit & 1) | (second >> bit & 1) << 1;
+        for (int column = 0; column < p.head_dim; column += Config::kStepK)
+          load_step(p.o[tile.order], p.weight, tile, {column, 0, kBitsAWord * w + bit, 0}, consumers, p.head_dim);
+      }
+    }
+  }
+
+  /// 64 columns from `at` on, of the rows of the consumers that multiply them, and of the weight. What lies
+  /// past `columns` is zero.
+  __device__ void load_step(const CUtensorMap& o, const CUtensorMap& weight, const OTile& tile,
+                            ptx_ops::BoxStart at, uint32_t consumers, int columns) {
+    stages.wait_empty(shared.stages);
+    if (leader) {
+      uint64_t& full = shared.stages.full[stages.slot()];
+      const uint32_t to = ptx_ops::shared_address(shared.stage[stages.slot()]);
+      shared.step[stages.slot()] = Step::make(consumers, depth_of(columns - at.column));
+      ptx_ops::arrive_expect_bytes(full, Config::kWideBytes + __popc(consumers) * 64 * Config::kRowBytes);
+#pragma unroll
+      for (int i = 0; i < Config::kConsumers; ++i)
+        if (consumers >> i & 1)
+          ptx_ops::tma_load(to + i * 64 * Config::kRowBytes, &o, full,
+                            {at.column, tile.row + 64 * i, at.head, tile.batch}, ptx_ops::kEvictNormal);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        ptx_ops::tma_load(to + Config::kNarrowBytes + i * 128 * Config::kRowBytes, &weight, full,
+                          {at.column, tile.column + 128 * i, at.head, 0}, p.weight_policy);
+    }
+    stages.advance();
+  }
+};
+
+template <class Config>
+struct OStorer : GemmStorer<Config> {
+  const OParameters& p;
+
+  __device__ OStorer(typename Config::Shared& shared, const OParameters& p)
+      : GemmStorer<Config>{shared}, p(p) {}
+
+  __device__ void run() {
+    for (;;) {
+      this->tiles.wait_full(this->shared.tiles);
+      const OTile& tile = this->shared.tile[this->tiles.slot()];
+      if (tile.steps[0] == kNoMoreWork) break;
+      if (tile.stores == 2) this->store_both([&](int consumer) { copy(p.cached[0], tile, consumer); });
+      const CUtensorMap& last = tile.order == 0 ? p.out : p.cached[tile.order];
+      this->store_both([&](int consumer) { copy(last, tile, consumer); });
+      this->release_tile();
+    }
+    this->finish();
+  }
+
+  __device__ void copy(const CUtensorMap& out, const OTile& tile, int consumer) {
+    const int row = tile.row + 64 * consumer;
+    if (!p.has_rows(row)) return;
+    const uint32_t staging = ptx_ops::shared_address(this->shared.staging);
+#pragma unroll
+    for (int panel = 0; panel < Config::kWide / 64; ++panel) {
+      const int column = tile.column + 64 * panel;
+      if (column < p.features)
+        ptx_ops::tma_store(&out, staging + panel * 64 * Config::kRowBytes, {column, row, 0, tile.batch});
+    }
+  }
+};
+
+}  // namespace flashomni::cuda::sm90

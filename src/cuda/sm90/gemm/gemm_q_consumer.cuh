@@ -1,0 +1,137 @@
+// GEMM-Q's consumers: products of 64 features and up to 256 tokens, the sums of split tiles, the epilogue.
+#pragma once
+
+#include "src/cuda/sm90/gemm/gemm_q.cuh"
+
+namespace flashomni::cuda::sm90 {
+
+__device__ inline float gelu(float x) {
+  return 0.5f * x * (1 + erff(x * 0.70710678f));
+}
+/// x / (1 + 2^(-2 log2(e) sqrt(2 / pi) (x + 0.044715 x^3)))
+__device__ inline float gelu_tanh(float x) {
+  const float inner = x * (x * x * 0.044715f + 1) * -2.30220820f;
+  return x * ptx_ops::reciprocal_approx(1 + ptx_ops::exp2_approx(inner));
+}
+
+template <class Config>
+struct QConsumer : GemmConsumer<Config> {
+  using Element = typename Config::Element;
+  const QParameters& p;
+
+  __device__ QConsumer(typename Config::Shared& shared, const QParameters& p, int id)
+      : GemmConsumer<Config>(shared, id), p(p) {}
+
+  __device__ void run() {
+    for (;;) {
+      const QTile& tile = this->take_tile();
+      if (tile.steps == kNoMoreWork) return;
+      // Two panels of features: one each. One: both multiply it, each with half of the tokens.
+      const uint32_t features = tile.one_panel ? 0 : this->id * 64 * Config::kRowBytes;
+      const uint32_t tokens = Config::kNarrowBytes + (tile.one_panel ? this->id * 128 * Config::kRowBytes : 0);
+      if (tile.wide && !tile.one_panel)
+        work<256>(tile, features, tokens);
+      else
+        work<128>(tile, features, tokens);
+      this->release_tile();
+    }
+  }
+
+  template <int kTokens>
+  __device__ void work(const QTile& tile, uint32_t features, uint32_t tokens) {
+    float d[kTokens / 2];
+    this->template multiply<kTokens, false, false>(d, tile.steps, features, tokens);
+    const bool whole = tile.parts == 1 || add_parts(d, tile);
+    if (whole) {
+      add_bias(d, tile);
+      activate(d);
+    }
+    this->wait_turn();
+    if (whole) stage(d);
+    this->end_turn(whole);
+  }
+
+  /// Leaves this part's sums in the workspace, a float4 of every thread side by side. The last part of the
+  /// tile gets the sum of all in d, and true.
+  template <int kCount>
+  __device__ bool add_parts(float (&d)[kCount], const QTile& tile) {
+    constexpr int kVectors = Config::kWide / 8;
+    const int thread = ptx_ops::thread_index() % 128;
+    const auto vectors_of = [&](int cta) {
+      return p.parts + (int64_t(part_slot(cta, tile.split)) * Config::kConsumers + this->id) * kVectors * 128 + thread;
+    };
+    float4* mine = vectors_of(blockIdx.x);
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i)
+      __stcg(mine + i * 128, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    __threadfence();
+    ptx_ops::named_barrier_sync(kPartWritten0 + this->id, 128);
+    if (thread == 0)
+      this->shared.arrived[this->id] = atomicAdd(&p.arrivals[tile.split * Config::kConsumers + this->id], 1);
+    ptx_ops::named_barrier_sync(kPartWritten0 + this->id, 128);
+    if (this->shared.arrived[this->id] != tile.parts - 1) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) d[i] = 0;
+    for (int part = 0; part < tile.parts; ++part) {
+      const float4* vectors = vectors_of(tile.first_cta + part);
+#pragma unroll
+      for (int i = 0; i < kCount / 4; ++i) {
+        const float4 v = __ldcg(vectors + i * 128);
+        d[4 * i] += v.x, d[4 * i + 1] += v.y, d[4 * i + 2] += v.z, d[4 * i + 3] += v.w;
+      }
+    }
+    return true;
+  }
+
+  /// A thread's registers hold two features of every token: four of row `first`, four of row `first` + 8.
+  template <int kCount>
+  __device__ void add_bias(float (&d)[kCount], const QTile& tile) {
+    if (p.bias == nullptr) return;
+    const int thread = ptx_ops::thread_index() % 128;
+    const auto* bias = reinterpret_cast<const Element*>(tile.bias) + (tile.one_panel ? 0 : 64 * this->id) +
+                       thread / 32 * 16 + thread % 32 / 4;
+    const float low = float(bias[0]), high = float(bias[8]);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) d[i] += i % 4 < 2 ? low : high;
+  }
+  template <int kCount>
+  __device__ void activate(float (&d)[kCount]) {
+    if (p.activation == Activation::kGeluTanh) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) d[i] = gelu_tanh(d[i]);
+    } else if (p.activation == Activation::kGelu) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) d[i] = gelu(d[i]);
+    }
+  }
+
+  /// Transposed: [tokens][64 features], swizzled as the copy engine reads it.
+  template <int kCount>
+  __device__ void stage(const float (&d)[kCount]) {
+    const int thread = ptx_ops::thread_index() % 128, warp = thread / 32, lane = thread % 32;
+    const uint32_t row = ptx_ops::shared_address(this->shared.staging) +
+                         (lane / 16 * 8 + lane % 8) * Config::kRowBytes +
+                         ((2 * warp + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int j = 0; j < kCount / 8; ++j)
+      ptx_ops::stmatrix_x4_transposed(row + j * 16 * Config::kRowBytes,
+                                      ptx_ops::pack<Element>(d[8 * j], d[8 * j + 1]),
+                                      ptx_ops::pack<Element>(d[8 * j + 2], d[8 * j + 3]),
+                                      ptx_ops::pack<Element>(d[8 * j + 4], d[8 * j + 5]),
+                                      ptx_ops::pack<Element>(d[8 * j + 6], d[8 * j + 7]));
+  }
+};
+
+template <class Element>
+struct GemmQ {
+  using Config = GemmConfig<Element, QTile>;
+  using Parameters = QParameters;
+  using Scheduler = QScheduler<Config>;
+  using Loader = QLoader<Config>;
+  using Storer = QStorer<Config>;
+  using Consumer = QConsumer<Config>;
+  __device__ static void prepare(typename Config::Shared&, const QParameters&) {}
+};
+
+}  // namespace flashomni::cuda::sm90
