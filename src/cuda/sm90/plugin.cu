@@ -8,6 +8,7 @@
 #include <exception>
 
 #include "src/cuda/sm90/attention/attention.h"
+#include "src/cuda/sm90/gemm/gemm.h"
 #include "src/cuda/sm90/launch.h"
 
 #ifndef FLASHOMNI_SOURCES
@@ -110,6 +111,11 @@ int device_of_attention(const AttentionArguments& arguments) {
   return arguments.q.device.id;
 }
 
+template <class Arguments>
+int device_of_gemm(const Arguments& arguments) {
+  return arguments.out.device.id;
+}
+
 PluginTable make_table() {
   PluginTable table{};
   table.abi = kPluginAbi;
@@ -120,6 +126,14 @@ PluginTable make_table() {
   table.serves = serves;
   table.attention_workspace = workspace<attention_workspace, device_of_attention, AttentionArguments>;
   table.attention = run<attention, device_of_attention, AttentionArguments>;
+  table.gemm_q_workspace = workspace<gemm_q_workspace, device_of_gemm<GemmQArguments>, GemmQArguments>;
+  table.gemm_q = run<gemm_q, device_of_gemm<GemmQArguments>, GemmQArguments>;
+  table.gemm_o_update_workspace =
+      workspace<gemm_o_update_workspace, device_of_gemm<GemmOUpdateArguments>, GemmOUpdateArguments>;
+  table.gemm_o_update = run<gemm_o_update, device_of_gemm<GemmOUpdateArguments>, GemmOUpdateArguments>;
+  table.gemm_o_dispatch_workspace =
+      workspace<gemm_o_dispatch_workspace, device_of_gemm<GemmODispatchArguments>, GemmODispatchArguments>;
+  table.gemm_o_dispatch = run<gemm_o_dispatch, device_of_gemm<GemmODispatchArguments>, GemmODispatchArguments>;
   return table;
 }
 

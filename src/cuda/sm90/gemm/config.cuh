@@ -33,7 +33,7 @@ struct GemmConfig : GemmSizes {
     unsigned char stage[kStages][kStageBytes];
     unsigned char staging[kStagingBytes];
     Tile tile[kTileSlots];
-    uint32_t step[kStages];   // GEMM-O: who multiplies, how deep (see Step)
+    uint32_t step[kStages];   // GEMM-O: bit i, consumer i takes the stage
     float coefficient[4];     // GEMM-O
     int arrived[kConsumers];  // of a split tile's parts
     int stores[kConsumers];   // whether what is staged is to be stored: not of an unfinished part

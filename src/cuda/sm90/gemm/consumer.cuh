@@ -8,15 +8,6 @@
 
 namespace flashomni::cuda::sm90 {
 
-/// One step of GEMM-O, as the loader writes it: bit i, consumer i multiplies; from bit 4 on, how many of the
-/// four 16-column slices hold columns.
-struct Step {
-  static constexpr uint32_t kWholeDepth = GemmSizes::kStepK / 16;
-  __device__ static uint32_t make(uint32_t consumers, uint32_t depth) { return consumers | depth << 4; }
-  __device__ static bool takes(uint32_t step, int consumer) { return step >> consumer & 1; }
-  __device__ static uint32_t depth(uint32_t step) { return step >> 4; }
-};
-
 template <class Config>
 struct GemmConsumer {
   using Element = typename Config::Element;
@@ -46,57 +37,56 @@ struct GemmConsumer {
     if (leader) ptx_ops::arrive(shared.stages.empty[slot]);
   }
 
-  /// Adds `steps` products of 64 rows at `a` and kN rows at `b` (bytes into the stage) to d; without
-  /// kAccumulates, the first one sets it. kPicks: the loader says which steps are this consumer's.
-  template <int kN, bool kAccumulates, bool kPicks>
+  /// Adds `steps` products of 64 rows at `a` and kN rows at `b` (bytes into the stage) to d. kPicks: the loader
+  /// says which steps are this consumer's.
+  template <int kN, bool kPicks>
   __device__ void multiply(float (&d)[kN / 2], int steps, uint32_t a, uint32_t b) {
-    using Product = ptx_ops::Wgmma<Element, kN, ptx_ops::Major::kReduction>;
-    const uint32_t base = ptx_ops::shared_address(shared.stage[0]);
-    int last = -1;  // the stage that products in flight may read
-    for (int k = 0; k < steps; ++k) {
-      stages.wait_full(shared.stages);
-      const int slot = stages.slot();
-      uint32_t depth = Step::kWholeDepth;
-      if constexpr (kPicks) {
-        const uint32_t step = shared.step[slot];
-        depth = Step::depth(step);
-        if (!Step::takes(step, id)) {
-          finish(d, last);
-          last = -1;
-          __syncwarp();
-          release(slot);
-          stages.advance();
-          continue;
-        }
+    for (int k = 0; k < steps;) {
+      int last = take_stage();
+      if (kPicks && !is_mine(last)) {
+        skip(last), ++k;
+        continue;
       }
-      const uint32_t at = base + slot * Config::kStageBytes;
-      const uint32_t a_low = ptx_ops::descriptor_reduction_major(at + a);
-      const uint32_t b_low = ptx_ops::descriptor_reduction_major(at + b);
-      constexpr uint32_t slice = 32 >> 4;  // of 16 columns, in the descriptor's units
-      ptx_ops::wgmma_fence();
-      if (!kPicks || depth == Step::kWholeDepth) {
-#pragma unroll
-        for (uint32_t i = 0; i < Step::kWholeDepth; ++i)
-          Product::ss(d, ptx_ops::descriptor(a_low + slice * i), ptx_ops::descriptor(b_low + slice * i),
-                      kAccumulates || k > 0 || i > 0);
-      } else {
-#pragma unroll 1
-        for (uint32_t i = 0; i < depth; ++i)
-          Product::ss(d, ptx_ops::descriptor(a_low + slice * i), ptx_ops::descriptor(b_low + slice * i), true);
+      // The first product stands before the loop: in the loop only products may write d, or ptxas serialises
+      // them (C7515).
+      issue<kN>(d, last, a, b);
+      for (++k; k < steps; ++k) {
+        const int slot = take_stage();
+        if (kPicks && !is_mine(slot)) break;  // and is met again above, when this consumer holds no stage
+        issue<kN>(d, slot, a, b);
+        ptx_ops::wgmma_wait<1>();
+        release(last);
+        last = slot;
       }
-      ptx_ops::wgmma_commit();
-      ptx_ops::wgmma_wait<1>();
-      if (last >= 0) release(last);
-      last = slot;
-      stages.advance();
+      ptx_ops::wgmma_wait<0>();
+      ptx_ops::pin(d);
+      release(last);
     }
-    finish(d, last);
   }
-  template <int kCount>
-  __device__ void finish(float (&d)[kCount], int last) {
-    ptx_ops::wgmma_wait<0>();
-    ptx_ops::pin(d);
-    if (last >= 0) release(last);
+  /// Waits for the next stage, which stays the next until it is issued or skipped.
+  __device__ int take_stage() {
+    stages.wait_full(shared.stages);
+    return stages.slot();
+  }
+  __device__ bool is_mine(int slot) const { return shared.step[slot] >> id & 1; }
+  __device__ void skip(int slot) {
+    __syncwarp();
+    release(slot);
+    stages.advance();
+  }
+  template <int kN>
+  __device__ void issue(float (&d)[kN / 2], int slot, uint32_t a, uint32_t b) {
+    using Product = ptx_ops::Wgmma<Element, kN, ptx_ops::Major::kReduction>;
+    constexpr uint32_t slice = 32 >> 4;  // of 16 columns, in the descriptor's units
+    const uint32_t at = ptx_ops::shared_address(shared.stage[0]) + slot * Config::kStageBytes;
+    const uint32_t a_low = ptx_ops::descriptor_reduction_major(at + a);
+    const uint32_t b_low = ptx_ops::descriptor_reduction_major(at + b);
+    ptx_ops::wgmma_fence();
+#pragma unroll
+    for (uint32_t i = 0; i < Config::kStepK / 16; ++i)
+      Product::ss(d, ptx_ops::descriptor(a_low + slice * i), ptx_ops::descriptor(b_low + slice * i), true);
+    ptx_ops::wgmma_commit();
+    stages.advance();
   }
 
   /// Until the other consumer's output has left the staging buffer.

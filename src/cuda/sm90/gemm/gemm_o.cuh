@@ -44,11 +44,6 @@ struct OParameters {
   __device__ int past_steps() const { return (past + GemmSizes::kStepK - 1) / GemmSizes::kStepK; }
 };
 
-/// 16-column slices of a step that begins `columns` before the end.
-__device__ inline uint32_t depth_of(int columns) {
-  return min(max((columns + 15) / 16, 1), int(Step::kWholeDepth));
-}
-
 /// The bits of a tile's two halves of 64 rows, which lie in one row block of 128 or in two of 64.
 struct TileHeads {
   const OParameters& p;
@@ -147,7 +142,7 @@ struct OLoader {
       if (tile.order == 0) {
         load_heads(tile, true);
         for (int column = 0; column < p.past; column += Config::kStepK)
-          load_step(p.o_past, p.weight_past, tile, {column, 0, 0, 0}, 3, p.past);
+          load_step(p.o_past, p.weight_past, tile, {column, 0, 0, 0}, 3);
       }
       __syncwarp();
       if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
@@ -162,7 +157,7 @@ struct OLoader {
         if (!leader) continue;
         uint64_t& full = shared.stages.full[stages.slot()];
         const uint32_t to = ptx_ops::shared_address(shared.stage[stages.slot()]);
-        shared.step[stages.slot()] = Step::make(1u << consumer, 0);
+        shared.step[stages.slot()] = 1u << consumer;
         ptx_ops::arrive_expect_bytes(full, Config::kStagingBytes);
         for (int panel = 0; panel < Config::kWide / 64; ++panel)
           ptx_ops::tma_load(to + panel * 64 * Config::kRowBytes, &p.cached[i], full,
@@ -179,20 +174,20 @@ struct OLoader {
         const int bit = __ffs(either) - 1;
         const uint32_t consumers = (first >> bit & 1) | (second >> bit & 1) << 1;
         for (int column = 0; column < p.head_dim; column += Config::kStepK)
-          load_step(p.o[tile.order], p.weight, tile, {column, 0, kBitsAWord * w + bit, 0}, consumers, p.head_dim);
+          load_step(p.o[tile.order], p.weight, tile, {column, 0, kBitsAWord * w + bit, 0}, consumers);
       }
     }
   }
 
-  /// 64 columns from `at` on, of the rows of the consumers that multiply them, and of the weight. What lies
-  /// past `columns` is zero.
+  /// 64 columns from `at` on, of the rows of the consumers that multiply them, and of the weight. Columns past
+  /// the head come as zeros.
   __device__ void load_step(const CUtensorMap& o, const CUtensorMap& weight, const OTile& tile,
-                            ptx_ops::BoxStart at, uint32_t consumers, int columns) {
+                            ptx_ops::BoxStart at, uint32_t consumers) {
     stages.wait_empty(shared.stages);
     if (leader) {
       uint64_t& full = shared.stages.full[stages.slot()];
       const uint32_t to = ptx_ops::shared_address(shared.stage[stages.slot()]);
-      shared.step[stages.slot()] = Step::make(consumers, depth_of(columns - at.column));
+      shared.step[stages.slot()] = consumers;
       ptx_ops::arrive_expect_bytes(full, Config::kWideBytes + __popc(consumers) * 64 * Config::kRowBytes);
 #pragma unroll
       for (int i = 0; i < Config::kConsumers; ++i)

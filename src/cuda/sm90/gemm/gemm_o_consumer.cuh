@@ -23,7 +23,7 @@ struct OConsumer : GemmConsumer<Config> {
       begin(d, tile);
       if (p.dispatches()) add_cached(d);
       for (int stretch = 0; stretch < 2; ++stretch) {
-        this->template multiply<Config::kWide, true, true>(d, tile.steps[stretch], rows, Config::kNarrowBytes);
+        this->template multiply<Config::kWide, true>(d, tile.steps[stretch], rows, Config::kNarrowBytes);
         if (stretch + tile.stores >= 2) {
           this->wait_turn();
           stage(d);

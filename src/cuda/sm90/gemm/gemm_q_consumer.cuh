@@ -40,15 +40,26 @@ struct QConsumer : GemmConsumer<Config> {
   template <int kTokens>
   __device__ void work(const QTile& tile, uint32_t features, uint32_t tokens) {
     float d[kTokens / 2];
-    this->template multiply<kTokens, false, false>(d, tile.steps, features, tokens);
+    begin(d, tile);
+    this->template multiply<kTokens, false>(d, tile.steps, features, tokens);
     const bool whole = tile.parts == 1 || add_parts(d, tile);
-    if (whole) {
-      add_bias(d, tile);
-      activate(d);
-    }
+    if (whole) activate(d);
     this->wait_turn();
     if (whole) stage(d);
     this->end_turn(whole);
+  }
+
+  /// With the bias, or at zero where that is an earlier part's. A thread's registers hold two features: of every
+  /// four values two are of feature `row`, two of `row` + 8.
+  template <int kCount>
+  __device__ void begin(float (&d)[kCount], const QTile& tile) {
+    const bool biased = p.bias != nullptr && tile.first_step == 0;
+    const int thread = ptx_ops::thread_index() % 128;
+    const int row = (tile.one_panel ? 0 : 64 * this->id) + thread / 32 * 16 + thread % 32 / 4;
+    const auto* bias = reinterpret_cast<const Element*>(tile.bias) + row;
+    const float low = biased ? float(bias[0]) : 0, high = biased ? float(bias[8]) : 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) d[i] = i % 4 < 2 ? low : high;
   }
 
   /// Leaves this part's sums in the workspace, a float4 of every thread side by side. The last part of the
@@ -73,6 +84,7 @@ struct QConsumer : GemmConsumer<Config> {
     __threadfence();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) d[i] = 0;
+#pragma unroll 1
     for (int part = 0; part < tile.parts; ++part) {
       const float4* vectors = vectors_of(tile.first_cta + part);
 #pragma unroll
@@ -84,17 +96,6 @@ struct QConsumer : GemmConsumer<Config> {
     return true;
   }
 
-  /// A thread's registers hold two features of every token: four of row `first`, four of row `first` + 8.
-  template <int kCount>
-  __device__ void add_bias(float (&d)[kCount], const QTile& tile) {
-    if (p.bias == nullptr) return;
-    const int thread = ptx_ops::thread_index() % 128;
-    const auto* bias = reinterpret_cast<const Element*>(tile.bias) + (tile.one_panel ? 0 : 64 * this->id) +
-                       thread / 32 * 16 + thread % 32 / 4;
-    const float low = float(bias[0]), high = float(bias[8]);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) d[i] += i % 4 < 2 ? low : high;
-  }
   template <int kCount>
   __device__ void activate(float (&d)[kCount]) {
     if (p.activation == Activation::kGeluTanh) {
