@@ -100,6 +100,8 @@ def make_problem(
     if symbols:
         symbols_of = SparseSymbols(packed, None, batch, heads, tokens, tokens, block, min(block, 128))
     at = (torch.arange(rows, device="cuda") + row_offset) // block
+    # Without symbols, whatever heads fit are heads.
+    derivative = (heads if symbols else width // head_dim) * head_dim
     x = _normal((batch, rows, width), dtype, strided)
     return Problem(
         x=x,
@@ -111,7 +113,7 @@ def make_problem(
         heads=heads,
         head_dim=head_dim,
         strided=strided,
-        derivatives=[_normal((batch, rows, heads * head_dim), dtype, strided) for _ in range(order)],
+        derivatives=[_normal((batch, rows, derivative), dtype, strided) for _ in range(order)],
     )
 
 
