@@ -15,6 +15,7 @@ struct GemmSizes {
   static constexpr int kNarrow = 128, kWide = 256, kStepK = 64, kStages = 4, kTileSlots = 4;
   static constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 128 * (1 + kConsumers);
   static constexpr int kStoreThreads = 128 + 32;
+  static constexpr int kTileReaders = 32 * (2 + kConsumerWarps);
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
   static constexpr uint32_t kRowBytes = kStepK * 2;
   static constexpr uint32_t kNarrowBytes = kNarrow * kRowBytes, kWideBytes = kWide * kRowBytes;
@@ -37,9 +38,9 @@ struct GemmConfig : GemmSizes {
     float coefficient[4];     // GEMM-O
     int arrived[kConsumers];  // of a split tile's parts
     int stores[kConsumers];   // whether what is staged is to be stored: not of an unfinished part
-    // barrier | full: arrivals, by     | empty: arrivals, by                 | guards
-    // tiles   | 32, scheduler lanes    | 2 + consumer warps: loader, storer  | tile
-    // stages  | 1 + bytes, loader      | consumer warps                      | stage, step
+    // barrier | full: arrivals, by     | empty: arrivals, by                   | guards
+    // tiles   | 32, scheduler lanes    | every lane: loader, storer, consumers | tile
+    // stages  | 1 + bytes, loader      | consumer warps                        | stage, step
     // turn[i] | 1, storer: the other consumer's output has left; consumer i waits to fill staging, stores[i]
     RingBarriers<kTileSlots> tiles;
     RingBarriers<kStages> stages;

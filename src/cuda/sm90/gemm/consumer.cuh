@@ -29,8 +29,7 @@ struct GemmConsumer {
     return shared.tile[tiles.slot()];
   }
   __device__ void release_tile() {
-    __syncwarp();
-    if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
+    ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
     tiles.advance();
   }
   __device__ void release(int slot) {
@@ -68,7 +67,11 @@ struct GemmConsumer {
     stages.wait_full(shared.stages);
     return stages.slot();
   }
-  __device__ bool is_mine(int slot) const { return shared.step[slot] >> id & 1; }
+  // Read by the lane that frees the stage.
+  __device__ bool is_mine(int slot) const {
+    const uint32_t consumers = leader ? shared.step[slot] : 0;
+    return __shfl_sync(ptx_ops::kWholeWarp, consumers, 0) >> id & 1;
+  }
   __device__ void skip(int slot) {
     __syncwarp();
     release(slot);

@@ -144,8 +144,7 @@ struct OLoader {
         for (int column = 0; column < p.past; column += Config::kStepK)
           load_step(p.o_past, p.weight_past, tile, {column, 0, 0, 0}, 3);
       }
-      __syncwarp();
-      if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
+      ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
     }
   }
 

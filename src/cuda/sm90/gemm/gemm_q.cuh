@@ -135,8 +135,7 @@ struct QLoader {
         stages.wait_empty(shared.stages);
         if (leader) copy(tile, (tile.first_step + k) * Config::kStepK);
       }
-      __syncwarp();
-      if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
+      ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
     }
   }
 

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<typename Config::Shared*>(raw);
   if (threadIdx.x == 0) {
-    shared.tiles.init(32, 2 + Config::kConsumerWarps);
+    shared.tiles.init(32, Config::kTileReaders);
     shared.stages.init(1, Config::kConsumerWarps);
     for (uint64_t& turn : shared.turn) ::cuda::ptx::mbarrier_init(&turn, 1);
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
@@ -89,7 +89,7 @@ struct GemmStorer {
     }
   }
   __device__ void release_tile() {
-    if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
+    ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
     tiles.advance();
   }
   __device__ void finish() {
