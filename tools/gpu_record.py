@@ -94,9 +94,12 @@ def sanitizer() -> dict:
 def benchmarks() -> dict:
     import torch
 
-    from flashomni.bench import attention_cuda
+    from flashomni.bench import attention_cuda, gemm_cuda
 
     rows = []
+    for shape in gemm_cuda.SHAPES:
+        rows += gemm_cuda.run(shape)
+        print(f"GEMMs of {shape}: done", flush=True)
     for tokens, head_dim in ATTENTION_SHAPES:
         rows += attention_cuda.run(tokens=tokens, heads=24, head_dim=head_dim, dtype=torch.bfloat16, rounds=7)
         print(f"attention at {tokens} tokens, head_dim {head_dim}: done", flush=True)
@@ -206,6 +209,24 @@ def attention_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def gemm_sections(rows: list[dict]) -> list[str]:
+    """A table a shape of linear layer."""
+    from flashomni.bench import gemm_cuda
+
+    by_shape: dict[tuple, list[dict]] = {}
+    for found in rows:
+        case = found["case"]
+        if found["suite"].startswith("gemm"):
+            by_shape.setdefault((case["rows"], case["in"], case["out"]), []).append(found)
+    lines = []
+    for (tokens, width, outputs), found in by_shape.items():
+        base = found[0]["baseline"]
+        lines += [f"### GEMMs, {tokens} tokens, {width} to {outputs}, {found[0]['case']['dtype']}", ""]
+        lines += [f"torch's linear: {base['ms']:.3f} ms ({base['gflops'] / 1e3:.0f} TFLOP/s).", ""]
+        lines += [*gemm_cuda.table(found), ""]
+    return lines
+
+
 def document(record: dict) -> list[str]:
     """One GPU's section of the results page."""
     here, lines = record["machine"], []
@@ -245,6 +266,7 @@ def document(record: dict) -> list[str]:
                 "",
             ]
             lines += [f"Dense: {dense}.", "", *attention_table(rows), ""]
+        lines += gemm_sections(bench["rows"])
         host = ", ".join(f"{name} {us:.1f} µs" for name, us in bench["host_us"].items())
         lines += [f"Host time of an eager call: {host}.", ""]
     return lines

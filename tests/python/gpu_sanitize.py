@@ -3,6 +3,7 @@ also solved in float64, so that what the sanitizer saw was right."""
 
 from __future__ import annotations
 
+import gpu_gemm_problems as gemm_problems
 import torch
 from gpu_problems import check, make_problem
 
@@ -30,6 +31,36 @@ def attention() -> int:
     return len(problems)
 
 
+def gemm() -> int:
+    q = [
+        gemm_problems.make_problem(dtype, 400, 2, dim, 2 * dim, 0.7, for_q=True, width=328, **options)
+        for dtype in (torch.bfloat16, torch.float16)
+        for dim in (64, 96, 128, 256)
+        for options in ({"row_offset": 77, "strided": True}, {"block": 64, "batch": 2})
+    ]
+    q.append(
+        gemm_problems.make_problem(torch.bfloat16, 900, 1, 128, 128, 1.0, for_q=True, width=1600)
+    )  # split
+    o = [
+        gemm_problems.make_problem(dtype, 400, 3, dim, 264, 0.5, past=40, order=1, **options)
+        for dtype in (torch.bfloat16, torch.float16)
+        for dim in (64, 80, 128)
+        for options in ({"row_offset": 77, "strided": True}, {"block": 64, "batch": 2})
+    ]
+    for p in q:
+        out = p.output()
+        gemm_problems.run_q(p, "gelu", out)
+        gemm_problems.check_q(p, "gelu", out)
+    for p in o:
+        out, cached, factors = p.output(), [p.output(), p.output()], torch.tensor([1.0, 2.0], device="cuda")
+        gemm_problems.run_update(p, out, cached)
+        gemm_problems.check_update(p, out, cached)
+        gemm_problems.hide_cached(p)
+        gemm_problems.run_dispatch(p, cached, factors, out)
+        gemm_problems.check_dispatch(p, cached, factors, out)
+    return len(q) + len(o)
+
+
 if __name__ == "__main__":
     with torch.no_grad():
-        print(f"{attention()} problems, all right")
+        print(f"{attention() + gemm()} problems, all right")
