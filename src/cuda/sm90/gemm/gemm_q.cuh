@@ -79,7 +79,7 @@ struct QScheduler {
   }
 
   /// This CTA's stretch of the split tiles.
-  __device__ void publish_parts(const Split& split) {
+  __device__ void publish_parts(const QSplit& split) {
     if (static_cast<int>(blockIdx.x) >= split.ctas) return;
     const int end = split.begin(blockIdx.x + 1);
     for (int at = split.begin(blockIdx.x); at < end;) {

@@ -14,13 +14,17 @@ inline int64_t aligned(int64_t bytes) {
 }
 
 /// Columns [first, first + heads * columns) of a matrix [B, M, K] or [N, K], cut into heads.
-inline CUtensorMap matrix_map(const TensorView& t, int64_t first, int64_t heads, int64_t columns, int box_rows,
-                              const char* name) {
+inline CUtensorMap matrix_map(const TensorView& t, int64_t first, int64_t heads, int64_t columns,
+                              int box_rows, const char* name) {
   const bool batched = t.ndim == 3;
-  const MapView view{t.as<char>() + first * 2, t.dtype,
-                     batched ? t.size(0) : 1,  t.size(t.ndim - 2),
-                     heads,                    columns,
-                     batched ? t.strides[0] : 0, t.strides[t.ndim - 2],
+  const MapView view{t.as<char>() + first * 2,
+                     t.dtype,
+                     batched ? t.size(0) : 1,
+                     t.size(t.ndim - 2),
+                     heads,
+                     columns,
+                     batched ? t.strides[0] : 0,
+                     t.strides[t.ndim - 2],
                      columns};
   return make_tensor_map(view, box_rows, name);
 }
@@ -45,7 +49,8 @@ inline uint64_t weight_policy(const TensorView& weight) {
 inline void check_size(int64_t size, const char* name) {
   constexpr int64_t kMost = 1 << 30;
   if (size >= kMost)
-    throw Error(ErrorKind::kNotImplemented, text(name, ": expected sizes below 2^30 (cuda_sm90), got ", size));
+    throw Error(ErrorKind::kNotImplemented,
+                text(name, ": expected sizes below 2^30 (cuda_sm90), got ", size));
 }
 inline void check_sizes(const TensorView& t, const char* name) {
   for (int i = 0; i < t.ndim; ++i) check_size(t.size(i), name);

@@ -166,7 +166,8 @@ void check_plan_serves(const QProblem& p) {
     throw Error(ErrorKind::kNotImplemented,
                 text("x: expected up to ", kMostRowBlocks, " row blocks (cuda_sm90), got ", p.blocks));
   if (most_items(p) > INT_MAX / 4)
-    throw Error(ErrorKind::kNotImplemented, text("out: expected fewer than 2^29 tiles (cuda_sm90), got ", most_items(p)));
+    throw Error(ErrorKind::kNotImplemented,
+                text("out: expected fewer than 2^29 tiles (cuda_sm90), got ", most_items(p)));
 }
 
 void launch_q_plan(const QPlanArguments& a, cudaStream_t stream) {

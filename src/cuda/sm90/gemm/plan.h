@@ -1,5 +1,5 @@
-// The plans: symbols become GEMM-Q's list of tiles, in an order good for the caches and the tail. GEMM-O reads
-// the bits themselves; its plan only resets the counter of claims.
+// The plans: symbols become GEMM-Q's list of tiles, in an order good for the caches and the tail. GEMM-O
+// reads the bits themselves; its plan only resets the counter of claims.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,8 +17,8 @@ struct QProblem {
   int batch, heads, groups;  // groups: of up to 128 features, a head
   int first_block, blocks;   // row blocks of the joint sequence that the matrix touches
   int block_q, row_offset;
-  int steps;                 // of the reduction
-  int ctas;                  // of the kernel
+  int steps;  // of the reduction
+  int ctas;   // of the kernel
 };
 
 struct QPlanArguments {

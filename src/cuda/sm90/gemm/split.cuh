@@ -18,7 +18,7 @@ __host__ __device__ inline int most_split_tiles(int ctas, int steps) {
 }
 
 /// `tiles` tiles of `steps` steps, side by side, over `ctas` CTAs, of which each takes at least one step.
-struct Split {
+struct QSplit {
   int tiles, steps, ctas;
 
   __device__ int begin(int cta) const { return static_cast<int>(int64_t(tiles) * steps * cta / ctas); }
