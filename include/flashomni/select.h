@@ -34,9 +34,11 @@ struct SelectArguments {
   int64_t tokens = 0;  ///< joint sequence length
   int64_t text_start = 0;       ///< first text token
   int64_t text_length = 0;      ///< text tokens
-  float tau_q = 0, tau_kv = 0;  ///< in [0, 1], the ramp f(t) already applied
+  float tau_q = 0, tau_kv = 0;  ///< in [0, 1]
   float s_q = 0;                ///< in [0, 1]; 0 switches layer-wide reuse off
   float scale = 0;              ///< 0 means 1 / sqrt(D)
+  TensorView ramp;  ///< optional float32 [1], on the device: scales both taus, within [0, 1]; a graph that was
+                    ///<   captured once can follow it
 };
 FLASHOMNI_API size_t select_flashomni_workspace(const SelectArguments& arguments, const Context& context);
 FLASHOMNI_API void select_flashomni(const SelectArguments& arguments, const Context& context);

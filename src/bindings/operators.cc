@@ -109,10 +109,10 @@ int64_t gemm_o_dispatch(Tensor o, Tensor weight, Tensor cached, OptionalTensor c
   });
 }
 
-int64_t select_flashomni(Tensor q_mean, Tensor k_mean, Tensor cache, Tensor skip, int64_t tokens,
-                         int64_t text_start, int64_t text_length, double tau_q, double tau_kv, double s_q,
-                         double scale, int64_t block_q, int64_t block_kv, OptionalTensor workspace,
-                         int64_t threads) {
+int64_t select_flashomni(Tensor q_mean, Tensor k_mean, Tensor cache, Tensor skip, OptionalTensor ramp,
+                         int64_t tokens, int64_t text_start, int64_t text_length, double tau_q, double tau_kv,
+                         double s_q, double scale, int64_t block_q, int64_t block_kv,
+                         OptionalTensor workspace, int64_t threads) {
   return guarded([&] {
     SelectArguments arguments;
     arguments.q_mean = view(q_mean, "q_mean");
@@ -121,6 +121,7 @@ int64_t select_flashomni(Tensor q_mean, Tensor k_mean, Tensor cache, Tensor skip
     arguments.symbols.skip = view(skip, "symbols.skip");
     arguments.symbols.block_q = narrow(block_q, "symbols.block_q");
     arguments.symbols.block_kv = narrow(block_kv, "symbols.block_kv");
+    arguments.ramp = view(ramp, "ramp");
     arguments.tokens = tokens;
     arguments.text_start = text_start;
     arguments.text_length = text_length;

@@ -51,6 +51,11 @@ const Backend& check_all(const SelectArguments& a, const Context& context) {
   check::fraction(a.tau_kv, "tau_kv");
   check::fraction(a.s_q, "s_q");
   check::finite(a.scale, "scale");
+  if (a.ramp.present()) {
+    check::tensor(a.ramp, "ramp", DType::kFloat32, device, {1});
+    check::disjoint(a.symbols.cache, "symbols.cache", a.ramp, "ramp");
+    check::disjoint(a.symbols.skip, "symbols.skip", a.ramp, "ramp");
+  }
   check::threads(context);
   return backend_for(device);
 }

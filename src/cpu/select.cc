@@ -171,6 +171,14 @@ void choose_skipped(const SelectArguments& a, const Shape& s, const Buffers& m, 
   }
 }
 
+/// The ramp's value applied to both thresholds; whatever it holds, they stay in [0, 1].
+SelectArguments with_ramp(SelectArguments a) {
+  if (!a.ramp.present()) return a;
+  const float ramp = *a.ramp.as<const float>();
+  for (float* tau : {&a.tau_q, &a.tau_kv}) *tau = std::fmin(std::fmax(*tau * ramp, 0.0f), 1.0f);
+  return a;
+}
+
 /// S_q: a batch element with too few active tiles computes none.
 void switch_layer(const SelectArguments& a, const Shape& s, const Buffers& m, int64_t b) {
   const int64_t tiles = s.q_blocks * s.heads;
@@ -189,7 +197,8 @@ size_t select_workspace(const SelectArguments& arguments, int threads) {
   return Buffers::shared_bytes(shape) + Buffers::thread_bytes(shape) * static_cast<size_t>(threads);
 }
 
-void select(const SelectArguments& a, void* workspace, int threads) {
+void select(const SelectArguments& arguments, void* workspace, int threads) {
+  const SelectArguments a = with_ramp(arguments);
   const Shape s(a);
 #pragma omp parallel num_threads(threads)
   {

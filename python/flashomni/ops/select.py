@@ -33,8 +33,8 @@ def _call_norm(x: Tensor, *arguments: object) -> None:
 
 _mean_operator = define("block_mean(Tensor x, Tensor(a!) out, int block) -> ()", _call_mean, no_result)
 _select_operator = define(
-    "select_flashomni(Tensor q_mean, Tensor k_mean, Tensor(a!) cache, Tensor(b!) skip, int tokens, "
-    "int text_start, int text_length, float tau_q, float tau_kv, float s_q, float scale, int block_q, "
+    "select_flashomni(Tensor q_mean, Tensor k_mean, Tensor(a!) cache, Tensor(b!) skip, Tensor? ramp, "
+    "int tokens, int text_start, int text_length, float tau_q, float tau_kv, float s_q, float scale, int block_q, "
     "int block_kv) -> ()",
     _call_select,
     no_result,
@@ -72,6 +72,7 @@ def select_flashomni(
     tau_kv: float,
     s_q: float = 0.0,
     scale: float | None = None,
+    ramp: Tensor | None = None,
 ) -> SparseSymbols:
     """The paper's multi-granularity selection (arXiv 2509.25401, section 3), written into `symbols`.
 
@@ -79,10 +80,12 @@ def select_flashomni(
         RoPE.
     symbols: both parts present, [B, bytes] each, q_tokens == kv_tokens (a joint sequence).
     text_start, text_length: where the text tokens lie; blocks that hold one are never cached nor skipped.
-    tau_q: share of importance to cache; tau_kv: softmax mass a row to skip; the ramp f(t) already applied.
+    tau_q: share of importance to cache; tau_kv: softmax mass a row to skip.
     s_q: where the share of active tiles of a batch element is <= s_q, all of it is reused; 0 switches that
         off.
     scale: 1 / sqrt(D) unless given.
+    ramp: float32 [1] on the means' device: scales tau_q and tau_kv, so that a captured CUDA graph can follow
+        f(t). None: they are taken as they are.
 
     Returns `symbols`. Raises ValueError or TypeError that names the argument, RuntimeError for tensors that
     require grad.
@@ -93,15 +96,16 @@ def select_flashomni(
     if symbols.cache_indptr is not None or symbols.skip_indptr is not None:
         raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")
     expect("symbols.kv_tokens", "as q_tokens", symbols.kv_tokens, symbols.q_tokens)
-    names = ("q_mean", "k_mean", "symbols.cache", "symbols.skip")
-    direct = is_direct(names, (q_mean, k_mean, symbols.cache, symbols.skip), 4)
+    names = ("q_mean", "k_mean", "symbols.cache", "symbols.skip", "ramp")
+    direct = is_direct(names, (q_mean, k_mean, symbols.cache, symbols.skip, ramp), 4)
     expect_dims("q_mean", q_mean, "B, q_blocks, H, D")
     expect("symbols.batch", "as in q_mean", symbols.batch, q_mean.shape[0])
     expect("symbols.heads", "as in q_mean", symbols.heads, q_mean.shape[2])
     expect_integer("text_start", text_start)
     expect_integer("text_length", text_length)
     (_call_select if direct else _select_operator)(
-        *(q_mean, k_mean, symbols.cache, symbols.skip, symbols.q_tokens, text_start, text_length),
+        *(q_mean, k_mean, symbols.cache, symbols.skip, ramp),
+        *(symbols.q_tokens, text_start, text_length),
         *(tau_q, tau_kv, s_q, 0.0 if scale is None else scale, symbols.block_q, symbols.block_kv),
     )
     return symbols

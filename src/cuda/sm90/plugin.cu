@@ -7,6 +7,8 @@
 #include <cstring>
 #include <exception>
 
+#include "src/cuda/common/elementwise.h"
+#include "src/cuda/common/select/select.h"
 #include "src/cuda/sm90/attention/attention.h"
 #include "src/cuda/sm90/gemm/gemm.h"
 #include "src/cuda/sm90/launch.h"
@@ -110,6 +112,17 @@ int32_t serves(int32_t device, PluginStatus* status) {
 int device_of_attention(const AttentionArguments& arguments) {
   return arguments.q.device.id;
 }
+int device_of_means(const SelectArguments& arguments) {
+  return arguments.q_mean.device.id;
+}
+template <class Arguments>
+int device_of_x(const Arguments& arguments) {
+  return arguments.x.device.id;
+}
+template <class Arguments>
+int device_of_derivatives(const Arguments& arguments) {
+  return arguments.derivatives[0].device.id;
+}
 
 template <class Arguments>
 int device_of_gemm(const Arguments& arguments) {
@@ -134,6 +147,13 @@ PluginTable make_table() {
   table.gemm_o_dispatch_workspace =
       workspace<gemm_o_dispatch_workspace, device_of_gemm<GemmODispatchArguments>, GemmODispatchArguments>;
   table.gemm_o_dispatch = run<gemm_o_dispatch, device_of_gemm<GemmODispatchArguments>, GemmODispatchArguments>;
+  table.block_mean = run<block_mean, device_of_x<BlockMeanArguments>, BlockMeanArguments>;
+  table.select_flashomni_workspace = workspace<select_workspace, device_of_means, SelectArguments>;
+  table.select_flashomni = run<select, device_of_means, SelectArguments>;
+  table.norm_rope = run<norm_rope, device_of_x<NormRopeArguments>, NormRopeArguments>;
+  table.taylor_update = run<taylor_update, device_of_derivatives<TaylorUpdateArguments>, TaylorUpdateArguments>;
+  table.taylor_forecast =
+      run<taylor_forecast, device_of_derivatives<TaylorForecastArguments>, TaylorForecastArguments>;
   return table;
 }
 

@@ -1,0 +1,14 @@
+// Memory-bound neighbours of attention. Each is one launch, whose shape depends on the tensors' shapes alone.
+#pragma once
+
+#include "flashomni/forecast.h"
+#include "flashomni/select.h"
+
+namespace flashomni::cuda {
+
+void block_mean(const BlockMeanArguments& arguments, const Context& context);
+void norm_rope(const NormRopeArguments& arguments, const Context& context);
+void taylor_update(const TaylorUpdateArguments& arguments, const Context& context);
+void taylor_forecast(const TaylorForecastArguments& arguments, const Context& context);
+
+}  // namespace flashomni::cuda

@@ -1,0 +1,12 @@
+// The paper's selection on a GPU.
+#pragma once
+
+#include "flashomni/select.h"
+
+namespace flashomni::cuda {
+
+/// Three launches, whose shapes depend on the tensors' shapes alone; nothing is read back.
+size_t select_workspace(const SelectArguments& arguments, const Context& context);
+void select(const SelectArguments& arguments, const Context& context);
+
+}  // namespace flashomni::cuda

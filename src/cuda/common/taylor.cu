@@ -1,0 +1,249 @@
+// Differences and forecasts. A thread takes a few runs of elements, far apart, and asks for all that it reads of
+// them before it computes.
+#include <algorithm>
+
+#include "src/cuda/common/elementwise.h"
+#include "src/cuda/common/half_run.cuh"
+#include "src/cuda/common/launch.h"
+
+namespace flashomni::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRunsAThread = 2;
+constexpr int kMostOrders = kMaxOrder + 1;
+
+/// A tensor as rows of its last dimension.
+struct Rows {
+  void* data;
+  int64_t strides[3];  // of the leading dimensions, the last one first
+};
+
+struct TaylorProblem {
+  Rows derivatives[kMostOrders], other;  // other: the feature, or the forecast
+  const float* coefficients;
+  int64_t coefficient_stride, width;
+  uint32_t runs, runs_a_row;  // of the whole tensor, of a row
+  uint32_t sizes[2];          // of the leading dimensions, the last one first; the third follows from them
+  int valid;
+  float per_step;
+  bool aligned;
+};
+
+/// Where a run lies: its row by number and its first column.
+struct Place {
+  uint32_t index[3];
+  int64_t column;
+  int count;
+
+  __device__ Place(const TaylorProblem& p, uint32_t run) {
+    const uint32_t row = run / p.runs_a_row, rest = row / p.sizes[0];
+    column = int64_t(run - row * p.runs_a_row) * kRun;
+    count = static_cast<int>(min(int64_t(kRun), p.width - column));
+    index[0] = row - rest * p.sizes[0];
+    index[2] = rest / p.sizes[1];
+    index[1] = rest - index[2] * p.sizes[1];
+  }
+  template <class Element>
+  __device__ Element* in(const Rows& rows) const {
+    return static_cast<Element*>(rows.data) + index[0] * rows.strides[0] + index[1] * rows.strides[1] +
+           index[2] * rows.strides[2] + column;
+  }
+};
+
+/// As load_run, of a run that a row's end may cut short.
+template <class Element>
+__device__ inline HalfRun<Element> load(const Element* from, int count, bool aligned) {
+  if (count == kRun) return load_run(from, aligned);
+  HalfRun<Element> run{};
+#pragma unroll
+  for (int i = 0; i < kRun; ++i)
+    if (i < count) run.element[i] = from[i];
+  return run;
+}
+template <class Element>
+__device__ inline void store(Element* to, const HalfRun<Element>& run, int count, bool aligned) {
+  if (count == kRun) return store_run(to, run, aligned);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i)
+    if (i < count) to[i] = run.element[i];
+}
+
+/// Run number `i` of this thread.
+__device__ inline uint32_t run_of_thread(int i) {
+  return (blockIdx.x * kRunsAThread + i) * kThreads + threadIdx.x;
+}
+
+template <class Element, int kOrders>
+__global__ void __launch_bounds__(kThreads) taylor_update_kernel(const __grid_constant__ TaylorProblem p) {
+  HalfRun<Element> feature[kRunsAThread], old[kRunsAThread][kOrders];
+#pragma unroll
+  for (int i = 0; i < kRunsAThread; ++i) {
+    if (run_of_thread(i) >= p.runs) break;
+    const Place place(p, run_of_thread(i));
+    feature[i] = load(place.in<const Element>(p.other), place.count, p.aligned);
+#pragma unroll
+    for (int order = 0; order + 1 < kOrders; ++order)  // what is no history is not read
+      if (order < p.valid)
+        old[i][order] = load(place.in<const Element>(p.derivatives[order]), place.count, p.aligned);
+  }
+#pragma unroll
+  for (int i = 0; i < kRunsAThread; ++i) {
+    if (run_of_thread(i) >= p.runs) break;
+    const Place place(p, run_of_thread(i));
+    float now[kRun];
+    to_floats(feature[i], now);
+#pragma unroll
+    for (int order = 0; order < kOrders; ++order) {
+      store(place.in<Element>(p.derivatives[order]), from_floats<Element>(now), place.count, p.aligned);
+      const bool more = order < p.valid;
+      float before[kRun] = {};
+      if (more) to_floats(old[i][order], before);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) now[e] = more ? (now[e] - before[e]) * p.per_step : 0.0f;
+    }
+  }
+}
+
+template <class Element, int kOrders>
+__global__ void __launch_bounds__(kThreads) taylor_forecast_kernel(const __grid_constant__ TaylorProblem p) {
+  float coefficients[kOrders];
+#pragma unroll
+  for (int order = 0; order < kOrders; ++order)
+    coefficients[order] = p.coefficients[order * p.coefficient_stride];
+  HalfRun<Element> terms[kRunsAThread][kOrders];
+#pragma unroll
+  for (int i = 0; i < kRunsAThread; ++i) {
+    if (run_of_thread(i) >= p.runs) break;
+    const Place place(p, run_of_thread(i));
+#pragma unroll
+    for (int order = 0; order < kOrders; ++order)  // an order without history may hold anything
+      if (coefficients[order] != 0)
+        terms[i][order] = load(place.in<const Element>(p.derivatives[order]), place.count, p.aligned);
+  }
+#pragma unroll
+  for (int i = 0; i < kRunsAThread; ++i) {
+    if (run_of_thread(i) >= p.runs) break;
+    const Place place(p, run_of_thread(i));
+    float sum[kRun] = {};
+#pragma unroll
+    for (int order = 0; order < kOrders; ++order) {
+      if (coefficients[order] == 0) continue;
+      float term[kRun];
+      to_floats(terms[i][order], term);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) sum[e] += coefficients[order] * term[e];
+    }
+    store(place.in<Element>(p.other), from_floats<Element>(sum), place.count, p.aligned);
+  }
+}
+
+/// The dimensions that views of one shape have in common, the last one first, without those of size 1;
+/// neighbours that lie in one piece in every view count as one.
+struct Shape {
+  int dims = 0;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMostOrders + 1][kMaxDims];
+
+  Shape(const TensorView* const* views, int count) {
+    for (int d = views[0]->ndim - 1; d >= 0; --d) {
+      const int64_t size = views[0]->shape[d];
+      if (size == 1) continue;
+      if (dims > 0 && continues(views, count, d)) {
+        sizes[dims - 1] *= size;
+        continue;
+      }
+      sizes[dims] = size;
+      for (int v = 0; v < count; ++v) strides[v][dims] = views[v]->strides[d];
+      ++dims;
+    }
+  }
+  /// Whether dimension d goes on where the one before ends.
+  bool continues(const TensorView* const* views, int count, int d) const {
+    for (int v = 0; v < count; ++v)
+      if (views[v]->strides[d] != strides[v][dims - 1] * sizes[dims - 1]) return false;
+    return true;
+  }
+  /// Whether the last dimension lies in one piece; it may not where the tensor's own last one is of size 1.
+  bool has_rows(int count) const {
+    bool dense = dims > 0;
+    for (int v = 0; dense && v < count; ++v) dense = strides[v][0] == 1;
+    return dense;
+  }
+};
+
+/// What both operators share. views: the derivatives, then the other one.
+TaylorProblem problem_of(const TensorView* const* views, int orders) {
+  TaylorProblem p{};
+  const Shape shape(views, orders + 1);
+  const int first = shape.has_rows(orders + 1) ? 1 : 0;  // of the leading dimensions, at most three
+  p.width = first == 1 ? shape.sizes[0] : 1;
+  p.sizes[0] = p.sizes[1] = 1;
+  p.aligned = true;
+  int64_t rows = 1;
+  for (int d = first; d < shape.dims; ++d) {
+    rows *= shape.sizes[d];
+    if (d - first < 2) p.sizes[d - first] = static_cast<uint32_t>(shape.sizes[d]);
+  }
+  for (int v = 0; v <= orders; ++v) {
+    Rows& to = v < orders ? p.derivatives[v] : p.other;
+    to.data = views[v]->data;
+    p.aligned = p.aligned && reinterpret_cast<uintptr_t>(to.data) % 16 == 0;
+    for (int d = first; d < shape.dims; ++d) {
+      to.strides[d - first] = shape.strides[v][d];
+      p.aligned = p.aligned && shape.strides[v][d] % kRun == 0;
+    }
+  }
+  const int64_t runs_a_row = ceil_div(p.width, kRun), runs = rows * runs_a_row;
+  if (runs > INT32_MAX) {
+    fail(ErrorKind::kNotImplemented, "derivatives", text("at most 2^31 runs of ", kRun, " elements"), text(runs));
+  }
+  p.runs_a_row = static_cast<uint32_t>(runs_a_row), p.runs = static_cast<uint32_t>(runs);
+  return p;
+}
+
+dim3 grid_of(const TaylorProblem& p) {
+  return dim3(static_cast<unsigned>(ceil_div(p.runs, kThreads * kRunsAThread)));
+}
+
+/// Calls f with the element type and the number of orders as constants.
+template <class F>
+void with_kernel(DType dtype, const char* argument, int orders, F&& f) {
+  with_half_type(dtype, argument, [&](auto* type) {
+    if (orders == 1) return f(type, std::integral_constant<int, 1>());
+    if (orders == 2) return f(type, std::integral_constant<int, 2>());
+    if (orders == 3) return f(type, std::integral_constant<int, 3>());
+    f(type, std::integral_constant<int, kMostOrders>());
+  });
+}
+
+}  // namespace
+
+void taylor_update(const TaylorUpdateArguments& a, const Context& context) {
+  const TensorView* views[kMostOrders + 1];
+  for (int i = 0; i < a.orders; ++i) views[i] = &a.derivatives[i];
+  views[a.orders] = &a.feature;
+  TaylorProblem p = problem_of(views, a.orders);
+  p.valid = a.valid, p.per_step = 1.0f / a.gap;
+  with_kernel(a.feature.dtype, "feature", a.orders, [&](auto* type, auto orders) {
+    taylor_update_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
+        <<<grid_of(p), kThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
+  });
+  check_cuda(cudaGetLastError(), "taylor_update_kernel");
+}
+
+void taylor_forecast(const TaylorForecastArguments& a, const Context& context) {
+  const TensorView* views[kMostOrders + 1];
+  for (int i = 0; i < a.orders; ++i) views[i] = &a.derivatives[i];
+  views[a.orders] = &a.out;
+  TaylorProblem p = problem_of(views, a.orders);
+  p.coefficients = a.coefficients.as<const float>();
+  p.coefficient_stride = a.orders > 1 ? a.coefficients.strides[0] : 0;
+  with_kernel(a.out.dtype, "out", a.orders, [&](auto* type, auto orders) {
+    taylor_forecast_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
+        <<<grid_of(p), kThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
+  });
+  check_cuda(cudaGetLastError(), "taylor_forecast_kernel");
+}
+
+}  // namespace flashomni::cuda
