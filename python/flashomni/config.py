@@ -26,6 +26,7 @@ class Config:
     block_q, block_kv: tokens a block, 64 or 128.
     policy: name of the policy that chooses the symbols.
     dense_layers: indices of transformer layers that stay dense.
+    cuda_graphs: on a GPU each kind of step is captured as a CUDA graph once and replayed for all others.
     strict: raise where something would run dense unasked, instead of saying so in `flashomni.explain`.
 
     Raises ValueError or TypeError that names the field.
@@ -43,6 +44,7 @@ class Config:
     block_kv: int = 128
     policy: str = "flashomni"
     dense_layers: tuple[int, ...] = ()
+    cuda_graphs: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -59,8 +61,9 @@ class Config:
         _check_number("ramp_power", self.ramp_power, "a finite number >= 0", lambda x: x >= 0)
         if not isinstance(self.policy, str) or not self.policy:
             raise TypeError(f"policy: expected a policy's name, got {self.policy!r}")
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict: expected True or False, got {self.strict!r}")
+        for name in ("cuda_graphs", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         try:
             layers = tuple(self.dense_layers)
         except TypeError:

@@ -15,6 +15,7 @@ from flashomni.config import Config
 from flashomni.diffusers.clock import listen, unlisten
 from flashomni.diffusers.explain import Explanation, explanation, row_of
 from flashomni.diffusers.families import family_of
+from flashomni.diffusers.graphs import graph_steps
 from flashomni.diffusers.intercept import intercept
 from flashomni.diffusers.layers import find_layers
 from flashomni.engine import Engine, RunStats
@@ -39,6 +40,8 @@ class _Attachment:
         try:
             for layer in layers:
                 self.restore.append(intercept(engine, layer))
+            if engine.config.cuda_graphs:
+                self.restore.append(graph_steps(engine, transformer))
             before = transformer.register_forward_pre_hook(self._before, with_kwargs=True)
             after = transformer.register_forward_hook(self._after, with_kwargs=True, always_call=True)
             self.restore += [before.remove, after.remove]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashomni import schedule
 from flashomni.config import Config
+from flashomni.engine.graphs import StepGraphs
+from flashomni.engine.journal import Journal
 from flashomni.engine.layer import Attention, LayerRun
 from flashomni.engine.ledger import Ledger
+from flashomni.engine.scalars import StepScalars
 from flashomni.engine.state import Buffers, Contexts, bytes_of
 from flashomni.engine.stats import RunStats, StatsRecorder
 from flashomni.policies import Policy
@@ -28,6 +30,8 @@ class Engine:
         self.config, self.layers, self.policy = config, layers, policy
         self.buffers, self.contexts = Buffers(), Contexts()
         self.ledger, self.stats = Ledger(), StatsRecorder(layers)
+        self.journal, self.scalars = Journal(), StepScalars()
+        self.graphs: StepGraphs | None = None
         self.plans: list[schedule.StepPlan] = []
         self.index = 0
         self.context: Hashable = 0
@@ -35,7 +39,6 @@ class Engine:
         self._pending: Callable[[], int] | None = None
         self._passes = 0
         self._seen: set[Hashable] = set()
-        self._table: Tensor | None = None
         self._started = 0.0
 
     @property
@@ -56,7 +59,9 @@ class Engine:
         self.contexts.reset(self._seen)
         self.buffers.drop_unused()
         self._seen = set()
-        self._table = None
+        self.scalars.begin()
+        if self.graphs is not None:
+            self.graphs.begin()
         self.ledger.clear()
         self.stats.begin(plans)
 
@@ -101,21 +106,30 @@ class Engine:
 
     def attend(self, attention: Attention) -> list[Tensor]:
         """One attention layer of the pass at hand: the output projections' results, each [B, rows, N]."""
-        self._device = attention.o.device
         return LayerRun(self, attention).run()
 
-    def coefficients(self, orders: int) -> Tensor:
-        """float32 [orders], k^i / i! for the Dispatch step at hand, on the model's device."""
-        if self._table is None or self._table.device != self._device:
-            last = max(plan.since_update for plan in self.plans)
-            rows = [schedule.coefficients(self.config.max_order, float(k)) for k in range(last + 1)]
-            self._table = torch.stack(rows).to(self._device)
-        return self._table[self.plan.since_update, :orders]
+    def graph_steps(self, model: nn.Module) -> StepGraphs:
+        """From now on the passes that go through the result's run() are replayed from CUDA graphs."""
+        self.graphs = StepGraphs(self, model)
+        return self.graphs
+
+    def outlook(self) -> Hashable:
+        """All of the host's state that the pass at hand depends on, besides its inputs."""
+        plan, layers = self.plan, self.contexts.of(self.context)
+        if plan.kind == "dispatch":
+            states = [(state.is_ready(self), state.orders, state.keeps_o) for state in layers.values()]
+        else:
+            states = [state.history_of(self) if plan.record else () for state in layers.values()]
+        identities = tuple(map(id, layers.values()))  # a graph holds its states: none is of the same address
+        return plan.kind, plan.record, self.context, identities, tuple(states)
 
     def release(self) -> None:
         """Frees all tensors: the run at hand, if any, has to begin anew."""
         self.buffers, self.contexts = Buffers(), Contexts()
-        self.plans, self.index, self._table, self._pending = [], 0, None, None
+        self.plans, self.index, self._pending = [], 0, None
+        self.scalars.release()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes by what they are for: symbols, cached products, history of O, scratch buffers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -80,12 +81,10 @@ class LayerRun:
         plan = engine.plan
         keeps_o = any(why_not_plain(output.linear, a.o.dtype) is not None for output in a.outputs)
         kind = "full" if a.layer in engine.config.dense_layers else plan.kind
-        if kind == "dispatch" and not (
-            state.updated_step == engine.index - plan.since_update and state.keeps_o == keeps_o
-        ):
+        if kind == "dispatch" and not (state.is_ready(engine) and state.keeps_o == keeps_o):
             # This context was not there at the Update (guidance that starts late), or its modules changed.
             kind = "full"
-            engine.stats.note("dispatch without an update: dense")
+            engine.journal.later(partial(engine.stats.note, "dispatch without an update: dense"))
         if kind == "dispatch":
             outputs = self._dispatch()
         elif kind == "update":
@@ -93,7 +92,7 @@ class LayerRun:
             outputs = self._update()
         else:
             outputs = self._full(plan.record and a.layer not in engine.config.dense_layers)
-        engine.stats.record(engine.index, engine.context, a.layer, kind, state)
+        engine.journal.later(partial(_count, engine, a.layer, kind, state))
         return outputs
 
     def _full(self, record: bool) -> list[Tensor]:
@@ -108,8 +107,8 @@ class LayerRun:
         with engine.ledger("select"):
             self._select(q, k)
         derivatives = self._record(keep=True)
-        state.orders = 1 if state.reuse_all else len(derivatives)
-        state.updated_step = engine.index
+        orders = 1 if state.reuse_all else len(derivatives)
+        engine.journal.now(partial(state.note_updated, engine, orders))
         if state.keeps_o:
             state.cached = []
             return [self._dense(output) for output in self.a.outputs]
@@ -117,8 +116,10 @@ class LayerRun:
             return [self._output_update(i, derivatives[1 : state.orders]) for i in range(len(self.a.outputs))]
 
     def _dispatch(self) -> list[Tensor]:
-        engine, state = self.engine, self.state
-        coefficients = engine.coefficients(state.orders)
+        engine, state, a = self.engine, self.state, self.a
+        coefficients = engine.scalars.row(engine, a.o.device)[: state.orders]
+        if state.asleep is not None and state.orders > 1:
+            coefficients = coefficients * state.asleep.weights[: state.orders]
         if state.keeps_o:
             with engine.ledger("forecast"):
                 ops.taylor_forecast(state.history[: state.orders], coefficients, out=self.o_heads)
@@ -143,14 +144,15 @@ class LayerRun:
     def _attend(self, symbols) -> tuple[Tensor, Tensor]:
         """Projections, norm, RoPE and attention into o; q and k after RoPE, [B, S, H, D]."""
         engine, a = self.engine, self.a
+        keys = self.state.asleep.keys if symbols is not None and self.state.asleep is not None else None
         q, k, v = (engine.buffers.take(name, tuple(self.o4.shape), a.o) for name in "qkv")
         for stream in a.streams:
             rows = slice(stream.start, stream.start + stream.x.shape[1])
             with engine.ledger("gemm_q"):
                 apply_linear(stream.q, stream.x, q[:, rows].flatten(2), symbols, row_offset=stream.start)
             with engine.ledger("gemm_kv"):
-                apply_linear(stream.k, stream.x, k[:, rows].flatten(2))
-                apply_linear(stream.v, stream.x, v[:, rows].flatten(2))
+                apply_linear(stream.k, stream.x, k[:, rows].flatten(2), keys, row_offset=stream.start)
+                apply_linear(stream.v, stream.x, v[:, rows].flatten(2), keys, row_offset=stream.start)
             with engine.ledger("norm_rope"):
                 norm_and_rope(stream.norm_q, q[:, rows], a.rope, symbols, row_offset=stream.start)
                 norm_and_rope(stream.norm_k, k[:, rows], a.rope, row_offset=stream.start)
@@ -175,13 +177,13 @@ class LayerRun:
             block_q=state.symbols.block_q,
             block_kv=state.symbols.block_kv,
         )
-        step = Step(engine.index, engine.count, engine.plan.ramp, engine.context, a.layer, engine.layers)
+        ramp = engine.scalars.row(engine, q.device)[-1:] if q.is_cuda else None
+        step = Step(
+            engine.index, engine.count, engine.plan.ramp, engine.context, a.layer, engine.layers, ramp
+        )
         engine.policy.select(step, layout, stats, state.policy, Choice(state.symbols))
-        # The one value that a step reads on the host: a layer that reuses everything launches nothing.
-        state.reuse_all = not bool(state.symbols.cache.any())
-        cache, skip = state.symbols.masks()
-        state.density = (cache.unsqueeze(-1) & skip).float().mean((0, 2, 3))
-        state.cache_density = cache.float().mean((0, 2))
+        state.decide_reuse(engine.config.max_order)
+        state.measure_density()
 
     def _record(self, *, keep: bool) -> list[Tensor]:
         """Feeds O to the history; [O, ΔO, .. Δ^v O], v as far as the history goes (arXiv 2503.06923).
@@ -192,8 +194,7 @@ class LayerRun:
         engine, state = self.engine, self.state
         order = engine.config.max_order
         persistent = order + 1 if state.keeps_o else order
-        gap = engine.index - state.recorded_step
-        valid = min(state.recorded, order) if state.recorded and gap > 0 else 0
+        valid, gap = state.history_of(engine)
         if persistent == 0:
             return [self.o_heads]
         while len(state.history) < persistent:
@@ -205,10 +206,9 @@ class LayerRun:
             derivatives.append(last)
         with engine.ledger("forecast"):
             ops.taylor_update(
-                self.o_heads, derivatives, gap=float(max(gap, 1)), valid=min(valid, len(derivatives) - 1)
+                self.o_heads, derivatives, gap=float(gap), valid=min(valid, len(derivatives) - 1)
             )
-        state.recorded = valid + 1
-        state.recorded_step = engine.index
+        engine.journal.now(partial(state.note_recorded, engine, valid + 1))
         return derivatives
 
     def _output_update(self, i: int, derivatives: list[Tensor]) -> Tensor:
@@ -243,6 +243,13 @@ class LayerRun:
     @staticmethod
     def _rows(tensor: Tensor, output: Output) -> Tensor:
         return tensor[:, output.start : output.start + output.rows]
+
+
+def _count(engine, layer: int, kind: str, state: LayerState) -> None:
+    """Statistics of one layer in the pass at hand."""
+    if kind == "update":
+        state.keep_density()
+    engine.stats.record(engine.index, engine.context, layer, kind, state)
 
 
 def _segments(text: Segment, tokens: int) -> tuple[Segment, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,8 +35,44 @@ class Buffers:
         self._tensors = {key: tensor for key, tensor in self._tensors.items() if key in self._used}
         self._used = set()
 
+    @contextmanager
+    def watched(self) -> Iterator[dict[tuple, Tensor]]:
+        """Gives a dict that, when it ends, holds what was taken inside: for touch()."""
+        before, self._used, taken = self._used, set(), {}
+        try:
+            yield taken
+        finally:
+            taken.update((key, self._tensors[key]) for key in self._used)
+            self._used |= before
+
+    def touch(self, taken: dict[tuple, Tensor]) -> None:
+        """Counts these as taken again, by a replayed graph."""
+        self._used.update(taken)
+
     def tensors(self) -> Iterator[Tensor]:
         yield from self._tensors.values()
+
+
+class Asleep:
+    """Whether a layer is reused whole, decided on the GPU at every Update and obeyed there.
+
+    keys: one bit a row block, for the projections of keys and values: 0 in batch elements without any active
+    tile, which look at none. weights: float32 [D + 1], times which the coefficients are taken: a layer
+    without any active tile is reused at order 0.
+    """
+
+    def __init__(self, symbols: SparseSymbols, order: int):
+        s = symbols
+        with torch.inference_mode(False):
+            keys = SparseSymbols.ones(s.batch, 1, s.q_tokens, s.kv_tokens, s.block_q, s.block_kv, s.device)
+            self.ones = keys.cache.clone()
+            self.weights = torch.ones(order + 1, device=s.device)
+        self.symbols, self.keys = symbols, replace(keys, skip=None)
+
+    def decide(self) -> None:
+        active = self.symbols.cache.any(1, keepdim=True)
+        self.keys.cache.copy_(self.ones * active)
+        self.weights[1:] = active.any()
 
 
 @dataclass(slots=True)
@@ -50,11 +87,51 @@ class LayerState:
     recorded_step: int = -1
     updated_step: int = -1  # the Update whose symbols and caches these are
     orders: int = 1  # how many of D + 1 the history supported at that Update
-    reuse_all: bool = False  # S_c is zero everywhere: attention is not computed at all
+    reuse_all: bool = False  # known on the host: S_c is zero everywhere, so that nothing is launched
+    asleep: Asleep | None = None  # the same on a GPU, where the host does not know
     keeps_o: bool = False  # O itself is forecast, as an output projection is no plain linear
+    measured: Tensor | None = None  # float32 [2, H], of the last Update: see keep_density()
     density: Tensor | None = None  # float32 [H], selected share of block pairs
     cache_density: Tensor | None = None  # float32 [H], share of active tiles
     policy: dict = field(default_factory=dict)
+
+    def decide_reuse(self, order: int) -> None:
+        """After a choice of symbols: is the layer reused whole? The host reads that only where it is free."""
+        if not self.symbols.cache.is_cuda:
+            self.reuse_all = not bool(self.symbols.cache.any())
+            return
+        if self.asleep is None:
+            self.asleep = Asleep(self.symbols, order)
+        self.asleep.decide()
+
+    def measure_density(self) -> None:
+        """Into memory of its own, where a replayed graph writes it too."""
+        cache, skip = self.symbols.masks()
+        density = (cache.unsqueeze(-1) & skip).float().mean((0, 2, 3))
+        measured = torch.stack([density, cache.float().mean((0, 2))])
+        if self.measured is None:
+            self.measured = new_zeros(tuple(measured.shape), measured)
+        self.measured.copy_(measured)
+
+    def keep_density(self) -> None:
+        """Statistics keep these tensors; the next Update writes others."""
+        self.density, self.cache_density = self.measured.clone().unbind(0)
+
+    def note_recorded(self, engine, recorded: int) -> None:
+        self.recorded, self.recorded_step = recorded, engine.index
+
+    def note_updated(self, engine, orders: int) -> None:
+        self.orders, self.updated_step = orders, engine.index
+
+    def is_ready(self, engine) -> bool:
+        """Whether the Update before the Dispatch step at hand was done here."""
+        return self.updated_step == engine.index - engine.plan.since_update
+
+    def history_of(self, engine) -> tuple[int, int]:
+        """(how many differences the history supports, steps since its last record) at the step at hand."""
+        gap = engine.index - self.recorded_step
+        valid = min(self.recorded, engine.config.max_order) if self.recorded and gap > 0 else 0
+        return valid, max(gap, 1) if valid else 1
 
     def reset(self) -> None:
         """Forgets the run, keeps the memory."""
@@ -86,6 +163,9 @@ class Contexts:
                 symbols = SparseSymbols.ones(batch, heads, tokens, tokens, block_q, block_kv, device)
             state = layers[layer] = LayerState(shape, symbols)
         return state
+
+    def of(self, context: Hashable) -> dict[int, LayerState]:
+        return self._states.get(context, {})
 
     def get(self, context: Hashable, layer: int) -> LayerState | None:
         return self._states.get(context, {}).get(layer)

@@ -34,8 +34,8 @@ def _call_norm(x: Tensor, *arguments: object) -> None:
 _mean_operator = define("block_mean(Tensor x, Tensor(a!) out, int block) -> ()", _call_mean, no_result)
 _select_operator = define(
     "select_flashomni(Tensor q_mean, Tensor k_mean, Tensor(a!) cache, Tensor(b!) skip, Tensor? ramp, "
-    "int tokens, int text_start, int text_length, float tau_q, float tau_kv, float s_q, float scale, int block_q, "
-    "int block_kv) -> ()",
+    "int tokens, int text_start, int text_length, float tau_q, float tau_kv, float s_q, float scale, "
+    "int block_q, int block_kv) -> ()",
     _call_select,
     no_result,
 )

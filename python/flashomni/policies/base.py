@@ -44,7 +44,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Where in the run a choice is made. `context` keeps the passes of classifier-free guidance apart."""
+    """Where in the run a choice is made. `context` keeps the passes of classifier-free guidance apart.
+
+    ramp_on_device: on a GPU also the ramp as float32 [1] there, for what is captured once and replayed.
+    """
 
     index: int
     count: int
@@ -52,6 +55,7 @@ class Step:
     context: Hashable
     layer: int
     layers: int
+    ramp_on_device: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -89,9 +93,13 @@ class Policy:
     `needs` names the fields of Stats that select() reads; nothing else is computed. select() writes
     `choice.symbols` and returns nothing; it should not read tensors back to the host. `state` is a dict of
     the policy's own, one a (context, layer), emptied when a new run begins.
+
+    `capturable` says that select() only launches work, the same at every step but for what it reads from
+    tensors (step.ramp_on_device among them): then an Update can be a CUDA graph.
     """
 
     needs: frozenset[str] = frozenset()
+    capturable: bool = False
 
     def select(self, step: Step, layout: Layout, stats: Stats, state: dict, choice: Choice) -> None:
         raise NotImplementedError(f"policy {type(self).__name__}: expected a select() method, got none")

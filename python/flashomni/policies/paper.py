@@ -10,18 +10,21 @@ class FlashOmniPolicy(Policy):
     """FlashOmni (arXiv 2509.25401, section 3). The thresholds grow with the ramp f(t) of the schedule."""
 
     needs = frozenset({"q_mean", "k_mean"})
+    capturable = True
 
     def __init__(self, tau_q: float, tau_kv: float, s_q: float = 0.0):
         self.tau_q, self.tau_kv, self.s_q = tau_q, tau_kv, s_q
 
     def select(self, step: Step, layout: Layout, stats: Stats, state: dict, choice: Choice) -> None:
+        ramp = step.ramp if step.ramp_on_device is None else 1.0
         ops.select_flashomni(
             stats.q_mean,
             stats.k_mean,
             choice.symbols,
             text_start=layout.text.start,
             text_length=layout.text.length,
-            tau_q=self.tau_q * step.ramp,
-            tau_kv=self.tau_kv * step.ramp,
+            tau_q=self.tau_q * ramp,
+            tau_kv=self.tau_kv * ramp,
             s_q=self.s_q,
+            ramp=step.ramp_on_device,
         )

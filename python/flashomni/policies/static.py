@@ -13,6 +13,8 @@ from flashomni.symbols import SparseSymbols
 class DensePolicy(Policy):
     """Every bit set: the engine's whole machinery at work, nothing reused or skipped."""
 
+    capturable = True
+
     def select(self, step: Step, layout: Layout, stats: Stats, state: dict, choice: Choice) -> None:
         s = choice.symbols
         ones = SparseSymbols.ones(s.batch, s.heads, s.q_tokens, s.kv_tokens, s.block_q, s.block_kv, s.device)
