@@ -25,8 +25,9 @@ FLASHOMNI_API void block_mean(const BlockMeanArguments& arguments, const Context
 /// the vision blocks with the smallest mean share of C and G are cached while their cumulative share <=
 /// tau_q; in each vision row the KV blocks with the smallest softmax mass are skipped while their cumulative
 /// mass <= tau_kv. Text rows and text columns are never cached nor skipped, a row keeps at least one block.
-/// Without text (text_length 0) nothing is cached. Where the share of active tiles of a batch element is <=
-/// s_q, all of its S_c bits become 0. Non-finite scores count as the lowest: the symbols are always valid.
+/// Without text (text_length 0) nothing is cached. A tau of 1 takes all that may be taken. Where the share of
+/// active tiles of a batch element is <= s_q, all of its S_c bits become 0. Non-finite scores count as the
+/// lowest: the symbols are always valid.
 struct SelectArguments {
   TensorView q_mean;   ///< float32 [B, q_blocks, H, D]
   TensorView k_mean;   ///< float32 [B, kv_blocks, Hkv, D]
@@ -37,8 +38,8 @@ struct SelectArguments {
   float tau_q = 0, tau_kv = 0;  ///< in [0, 1]
   float s_q = 0;                ///< in [0, 1]; 0 switches layer-wide reuse off
   float scale = 0;              ///< 0 means 1 / sqrt(D)
-  TensorView ramp;  ///< optional float32 [1], on the device: scales both taus, within [0, 1]; a graph that was
-                    ///<   captured once can follow it
+  TensorView ramp;              ///< optional float32 [1], on the device: scales both taus, within [0, 1], so
+                                ///<   that a graph that was captured once can follow it
 };
 FLASHOMNI_API size_t select_flashomni_workspace(const SelectArguments& arguments, const Context& context);
 FLASHOMNI_API void select_flashomni(const SelectArguments& arguments, const Context& context);

@@ -34,6 +34,7 @@ _EXPORTS = {
     "disabled": "flashomni.diffusers",
     "stats": "flashomni.diffusers",
     "explain": "flashomni.diffusers",
+    "memory": "flashomni.diffusers",
 }
 _MODULES = ("attention", "compat", "config", "diffusers", "ops", "schedule", "symbols", "tiny_flux")
 

@@ -129,6 +129,11 @@ void text_shares(const SelectArguments& a, const Shape& s, const Buffers& m) {
   }
 }
 
+/// What a cumulative share may reach. At 1 it is all of it, though rounded shares may add up to a little more.
+double limit_of(float tau) {
+  return tau >= 1 ? std::numeric_limits<double>::infinity() : static_cast<double>(tau);
+}
+
 void choose_cached(const SelectArguments& a, const Shape& s, const Buffers& m, int64_t b, int64_t h) {
   uint8_t* active = m.active + b * s.q_blocks * s.heads + h;
   for (int64_t i = 0; i < s.q_blocks; ++i) active[i * s.heads] = 1;
@@ -142,7 +147,7 @@ void choose_cached(const SelectArguments& a, const Shape& s, const Buffers& m, i
   double mass = 0;
   for (int64_t i = 0; i < n; ++i) {
     mass += m.share[m.order[i]];
-    if (mass > a.tau_q) break;
+    if (mass > limit_of(a.tau_q)) break;
     active[m.order[i] * s.heads] = 0;
   }
 }
@@ -165,7 +170,7 @@ void choose_skipped(const SelectArguments& a, const Shape& s, const Buffers& m, 
     double mass = 0;
     for (int64_t j = 0; j < n; ++j) {
       mass += row[m.order[j]];
-      if (mass > a.tau_kv) break;
+      if (mass > limit_of(a.tau_kv)) break;
       kept[m.order[j]] = 0;
     }
   }

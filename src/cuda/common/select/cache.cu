@@ -86,15 +86,15 @@ __device__ void measure_shares(const SelectProblem& p, int64_t of_head, const Co
   __syncthreads();
 }
 
-/// Whether the shares up to block i, itself included, add up to at most tau.
-__device__ bool is_cached(const SelectProblem& p, const float* share, int i, double tau) {
+/// Whether the shares up to block i, itself included, add up to at most `limit`.
+__device__ bool is_cached(const SelectProblem& p, const float* share, int i, double limit) {
   const float own = share[i];
   double mass = 0;
   for (int j = 0; j < p.q_blocks; ++j) {
     const bool before = share[j] < own || (share[j] == own && j <= i);
     if (before && !p.is_text_q(j)) mass += share[j];
   }
-  return mass <= tau;
+  return mass <= limit;
 }
 
 __global__ void __launch_bounds__(kThreads) cache_kernel(const __grid_constant__ SelectProblem p) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) cache_kernel(const __grid_constant__
   uint8_t* active = p.active + batch * p.tiles() + head;
   int count = 0;
   for (int i = threadIdx.x; i < p.q_blocks; i += kThreads) {
-    const bool computes = !chooses || p.is_text_q(i) || !is_cached(p, share, i, tau);
+    const bool computes = !chooses || p.is_text_q(i) || !is_cached(p, share, i, limit_of(tau));
     active[int64_t(i) * p.heads] = computes;
     count += computes;
   }

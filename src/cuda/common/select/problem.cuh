@@ -44,6 +44,11 @@ struct SelectProblem {
   }
 };
 
+/// What a cumulative share may reach. At 1 it is all of it, though rounded shares may add up to a little more.
+__device__ inline double limit_of(float tau) {
+  return tau >= 1 ? static_cast<double>(INFINITY) : static_cast<double>(tau);
+}
+
 inline constexpr unsigned kWholeWarp = ~0u;
 
 /// Over groups of kLanes neighbouring lanes; every lane has the result. All lanes of the warp take part.

@@ -111,17 +111,23 @@ struct Prefix {
 
   /// Weights from 0 to 1 take part; larger ones never do.
   __device__ Prefix(const Row& row, double limit) {
-    // Bit by bit: floats that are not negative are ordered as their bits are. 30 bits: below 2.
+    // Two bits at a time: floats that are not negative are ordered as their bits are. 30 bits: below 2.
     uint32_t bits = 0;
     double mass = 0;
-    for (int bit = 29; bit >= 0; --bit) {
-      const float trial = __uint_as_float(bits | 1u << bit);
-      double sum = 0;
+    for (int shift = 28; shift >= 0; shift -= 2) {
+      double sums[3] = {};
       row.each([&](int, float weight) {
-        if (weight <= trial) sum += weight;
+#pragma unroll
+        for (uint32_t digit = 1; digit <= 3; ++digit)
+          if (weight <= __uint_as_float(bits | digit << shift)) sums[digit - 1] += weight;
       });
-      sum = total<kLanesARow>(sum);
-      if (sum <= limit) bits |= 1u << bit, mass = sum;
+      uint32_t most_digit = 0;
+#pragma unroll
+      for (uint32_t digit = 1; digit <= 3; ++digit) {
+        const double sum = total<kLanesARow>(sums[digit - 1]);
+        if (sum <= limit) most_digit = digit, mass = sum;
+      }
+      bits |= most_digit << shift;
     }
     most = __uint_as_float(bits);
     row.each([&](int, float weight) {
@@ -138,12 +144,12 @@ struct Prefix {
 constexpr float kNeverChosen = 2;
 
 /// Writes which KV blocks each of the warp's rows keeps. `kept`: where this row's bytes go.
-__device__ void choose(const SelectProblem& p, const Row& row, double tau, bool whole, bool writes, uint8_t* kept) {
+__device__ void choose(const SelectProblem& p, const Row& row, float tau, bool whole, bool writes, uint8_t* kept) {
   const int heaviest = p.text_kv() == 0 ? row.heaviest() : -1;  // a row keeps a block
   row.each([&](int j, float) {
     if (p.is_text_kv(j) || j == heaviest) row.x[j] = kNeverChosen;
   });
-  const Prefix skipped(row, tau);
+  const Prefix skipped(row, limit_of(tau));
   const int shift = threadIdx.x % 32 / kLanesARow * kLanesARow;
   int ties_before = 0;
   for (int byte = 0; byte < p.kept_bytes(); ++byte) {
