@@ -294,13 +294,16 @@ def bench_select(
     dtype: DTypeName = "float32",
     rounds: Rounds = 9,
     threads: Threads = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Making symbols and forecasting, beside one dense attention."""
     kind = torch_dtype(dtype)
+    if device not in ("cpu", "cuda"):
+        raise fail(f"--device: expected cpu or cuda, got {device!r}", 2)
     from flashomni.bench import select
 
-    shape = {"tokens": tokens, "heads": heads, "head_dim": head_dim, "block": block}
+    shape = {"tokens": tokens, "heads": heads, "head_dim": head_dim, "block": block, "device": device}
     _suite(select.run, json_file, threads, **shape, dtype=kind, rounds=rounds)
 
 

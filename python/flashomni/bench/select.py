@@ -1,4 +1,4 @@
-"""Choosing symbols (block means, selection) and forecasting, as shares of one dense attention."""
+"""Choosing symbols (block means, selection, planning) and forecasting, as shares of one dense attention."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from flashomni import ops
-from flashomni.bench import harness
+from flashomni.bench import gpu, harness
 from flashomni.symbols import SparseSymbols
 
 TEXT = 16  # tokens, as in tiny_flux
 TAU_Q, TAU_KV = 0.5, 0.15
+ORDERS = (0, 1, 2)  # of the forecasts
 
 
 def make_symbols(q: torch.Tensor, k: torch.Tensor, block: int) -> Callable[[], object]:
     """All that an Update does to choose its symbols: means of q and k, then the paper's selection."""
     _, tokens, heads, _ = q.shape
-    symbols = SparseSymbols.ones(1, heads, tokens, tokens, block, block)
+    symbols = SparseSymbols.ones(1, heads, tokens, tokens, block, block, q.device)
     options = {"text_start": 0, "text_length": min(TEXT, tokens), "tau_q": TAU_Q, "tau_kv": TAU_KV}
 
     def make() -> SparseSymbols:
@@ -28,36 +29,72 @@ def make_symbols(q: torch.Tensor, k: torch.Tensor, block: int) -> Callable[[], o
     return make
 
 
-@torch.inference_mode()
-def run(
-    *, tokens: int, heads: int, head_dim: int, block: int, dtype: torch.dtype, rounds: int, seed: int = 0
-) -> list[dict]:
-    """Rows of suites "select" and "forecast". Baselines: one dense attention; for the forecast, a copy."""
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, tokens, heads, head_dim, generator=generator).to(dtype) for _ in range(3))
-    bq, bk, bv = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    symbols = SparseSymbols.ones(1, heads, tokens, tokens, block, block)
+def select_arms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> dict[str, Callable]:
+    """What choosing symbols is made of. Planning is what attention does where no tile is active."""
+    _, tokens, heads, _ = q.shape
+    symbols = SparseSymbols.ones(1, heads, tokens, tokens, block, block, q.device)
     q_mean, k_mean = ops.block_mean(q, block), ops.block_mean(k, block)
     options = {"text_start": 0, "text_length": min(TEXT, tokens), "tau_q": TAU_Q, "tau_kv": TAU_KV}
-    derivatives = [torch.randn_like(q) for _ in range(2)]
-    coefficients, out = torch.tensor([1.0, 2.0]), torch.empty_like(q)
-    ms = harness.interleave(
-        {
-            "block means of q and k": lambda: (ops.block_mean(q, block), ops.block_mean(k, block)),
-            "selection": lambda: ops.select_flashomni(q_mean, k_mean, symbols, **options),
-            "means and selection": make_symbols(q, k, block),
-            "taylor_update": lambda: ops.taylor_update(q, derivatives, gap=4, valid=1),
-            "taylor_forecast": lambda: ops.taylor_forecast(derivatives, coefficients, out=out),
-            "sdpa": lambda: F.scaled_dot_product_attention(bq, bk, bv),
-            "copy": lambda: out.copy_(q),
-        },
-        rounds,
-    )
+    arms = {
+        "block means of q and k": lambda: (ops.block_mean(q, block), ops.block_mean(k, block)),
+        "selection": lambda: ops.select_flashomni(q_mean, k_mean, symbols, **options),
+        "means and selection": make_symbols(q, k, block),
+    }
+    if q.is_cuda:
+        nothing = SparseSymbols.zeros(1, heads, tokens, tokens, block, block, q.device)
+        out, make = torch.zeros_like(q), make_symbols(q, k, block)
+        arms["planning"] = lambda: ops.sparse_attention(q, k, v, nothing, out=out)
+        arms["means, selection and planning"] = lambda: (make(), arms["planning"]())
+    return arms
+
+
+def forecast_arms(like: torch.Tensor) -> dict[str, tuple[int, Callable]]:
+    """By name: how many tensors are moved, and the arm."""
+    arms: dict[str, tuple[int, Callable]] = {}
+    for order in ORDERS:
+        derivatives = [torch.randn_like(like) for _ in range(order + 1)]
+        coefficients = torch.tensor([1.0, 2.0, 2.0, 4.0 / 3], device=like.device)[: order + 1].contiguous()
+        out = torch.empty_like(like)
+        arms[f"taylor_update D={order}"] = (
+            2 + 2 * order,
+            lambda d=derivatives, n=order: ops.taylor_update(like, d, gap=4, valid=n),
+        )
+        arms[f"taylor_forecast D={order}"] = (
+            2 + order,
+            lambda d=derivatives, c=coefficients, o=out: ops.taylor_forecast(d, c, out=o),
+        )
+    return arms
+
+
+@torch.inference_mode()
+def run(
+    *,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    block: int,
+    dtype: torch.dtype,
+    rounds: int,
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[dict]:
+    """Rows of suites "select" and "forecast". Baselines: one dense attention; for the forecast, a copy.
+
+    copy_share: bytes moved a second, as a share of what the copy moves.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, tokens, heads, head_dim)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    bq, bk, bv = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    out = torch.empty_like(q)
+    selecting, forecasting = select_arms(q, k, v, block), forecast_arms(q)
+    arms = selecting | {name: arm for name, (_, arm) in forecasting.items()}
+    arms["sdpa"] = lambda: F.scaled_dot_product_attention(bq, bk, bv)
+    arms["copy"] = lambda: out.copy_(q)
+    ms = (gpu if q.is_cuda else harness).interleave(arms, rounds)
     dense = 4.0 * heads * head_dim * tokens * tokens
     rows = []
-    names = ("block means of q and k", "selection", "means and selection", "taylor_update", "taylor_forecast")
-    for name in names:
-        forecast = name.startswith("taylor")
+    for name in (*selecting, *forecasting):
         case = {
             "what": name,
             "seqlen": tokens,
@@ -66,6 +103,10 @@ def run(
             "block": [block, block],
             "dtype": str(dtype).removeprefix("torch."),
         }
-        baseline = ("torch_copy", ms["copy"], None) if forecast else ("torch_sdpa", ms["sdpa"], dense)
-        rows.append(harness.row("forecast" if forecast else "select", case, ms[name], None, baseline))
+        if name in selecting:
+            rows.append(harness.row("select", case, ms[name], None, ("torch_sdpa", ms["sdpa"], dense)))
+            continue
+        found = harness.row("forecast", case, ms[name], None, ("torch_copy", ms["copy"], None))
+        found["copy_share"] = forecasting[name][0] / 2 * ms["copy"] / ms[name]
+        rows.append(found)
     return rows

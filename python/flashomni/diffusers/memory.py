@@ -25,11 +25,11 @@ def memory(
 ) -> Memory:
     """The bytes that a run of `model` (a pipeline or a transformer) under `config` will hold, by layer.
 
-    image_tokens, text_tokens: of the joint sequence. batch: elements a pass. contexts: passes a step. dtype: the
-    model's own unless given. The model may be on the meta device: its weights are not looked at.
+    image_tokens, text_tokens: of the joint sequence. batch: elements a pass. contexts: passes a step.
+    dtype: the model's own unless given. The model may be on the meta device.
 
-    CUDA graphs, workspaces and the model itself are not counted. Raises ValueError or TypeError that names the
-    argument, NotImplementedError for an unknown model.
+    CUDA graphs, workspaces and the model itself are not counted. Raises ValueError or TypeError that names
+    the argument, NotImplementedError for an unknown model.
     """
     from flashomni.diffusers.api import _config, _transformer_of
 
