@@ -104,8 +104,7 @@ def test_tau_zero_computes_everything() -> None:
 def test_tau_one_computes_the_text_alone() -> None:
     q_mean, k_mean = means(1, 1, 1000, (2, 2), (128, 128))
     cache, _ = select(q_mean, k_mean, 1000, (0, 77), 1.0, 0.0, (128, 128)).masks()
-    # The shares add up to 1 only to rounding, so the heaviest block may stay.
-    assert cache[..., 0].all() and int(cache[..., 1:].sum(-1).max()) <= 1
+    assert cache[..., 0].all() and not cache[..., 1:].any()
 
 
 def test_more_tau_selects_less() -> None:
@@ -115,6 +114,18 @@ def test_more_tau_selects_less() -> None:
         for tau in (0.0, 0.1, 0.3, 0.6, 0.9)
     ]
     assert densities == sorted(densities, reverse=True) and densities[-1] < 0.5 < densities[0]
+
+
+@pytest.mark.parametrize("ramp", [0.0, 0.37, 1.0, 5.0, -1.0, float("nan")])
+def test_the_ramp_scales_both_thresholds(ramp: float) -> None:
+    """Whatever it holds, they stay in [0, 1]."""
+    q_mean, k_mean = means(7, 1, 2000, (2, 2), (128, 64))
+    taus = [min(max(tau * (0.0 if ramp != ramp else ramp), 0.0), 1.0) for tau in (0.5, 0.25)]
+    want = select(q_mean, k_mean, 2000, (0, 77), *taus, (128, 64))
+    got = SparseSymbols.ones(1, 2, 2000, 2000, 128, 64)
+    options = {"text_start": 0, "text_length": 77, "tau_q": 0.5, "tau_kv": 0.25}
+    select_flashomni(q_mean, k_mean, got, ramp=torch.tensor([ramp]), **options)
+    assert torch.equal(got.cache, want.cache) and torch.equal(got.skip, want.skip)
 
 
 @pytest.mark.parametrize("s_q", [0.3, 0.6, 1.0])

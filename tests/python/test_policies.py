@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -79,7 +81,12 @@ def test_the_paper_s_policy_scales_its_thresholds_with_the_ramp(monkeypatch):
     seen = {}
     monkeypatch.setattr(ops, "select_flashomni", lambda *args, **kwargs: seen.update(kwargs))
     FlashOmniPolicy(0.5, 0.2, 0.3).select(step(ramp=0.25), layout(), Stats(), {}, choice(layout()))
-    assert seen == {"text_start": 0, "text_length": 77, "tau_q": 0.125, "tau_kv": 0.05, "s_q": 0.3}
+    text = {"text_start": 0, "text_length": 77}
+    assert seen == text | {"tau_q": 0.125, "tau_kv": 0.05, "s_q": 0.3, "ramp": None}
+    ramp = torch.tensor([0.25])  # where a GPU reads it: the thresholds go as they are
+    there = dataclasses.replace(step(ramp=0.25), ramp_on_device=ramp)
+    FlashOmniPolicy(0.5, 0.2, 0.3).select(there, layout(), Stats(), {}, choice(layout()))
+    assert seen == text | {"tau_q": 0.5, "tau_kv": 0.2, "s_q": 0.3, "ramp": ramp}
 
 
 def test_the_paper_s_policy_never_caches_text_and_caches_more_at_larger_thresholds():

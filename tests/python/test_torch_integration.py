@@ -58,7 +58,10 @@ def samples() -> dict[str, tuple]:
             *(torch.zeros(*rows, 50), DIM, *tiles),
         ),
         "block_mean": (q, torch.zeros(1, 5, HEADS, DIM), 64),
-        "select_flashomni": (*means, s.cache, s.skip, TOKENS, 0, TEXT, 0.5, 0.1, 0.0, 0.0, 128, 64),
+        "select_flashomni": (
+            *(*means, s.cache, s.skip, torch.ones(1)),
+            *(TOKENS, 0, TEXT, 0.5, 0.1, 0.0, 0.0, 128, 64),
+        ),
         "norm_rope": (q, torch.ones(DIM), table, table, s.cache, 1e-6, 0, TOKENS, 128),
         "taylor_update": (torch.randn(3, 50), [torch.randn(3, 50) for _ in range(3)], 5.0, 1),
         "taylor_forecast": ([torch.randn(3, 50) for _ in range(3)], torch.ones(3), torch.zeros(3, 50)),

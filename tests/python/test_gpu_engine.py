@@ -1,0 +1,128 @@
+"""The engine on the GPU: no read of the device in a step, and steps replayed from graphs as they are without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flux_models import tiny_transformer
+
+import flashomni
+from flashomni import Config
+
+pytestmark = pytest.mark.gpu
+
+TEXT, HEIGHT, WIDTH, STEPS = 77, 24, 20, 16
+
+
+@pytest.fixture(autouse=True)
+def _needs_gemms() -> None:
+    """The engine is as good as the operators of its backend."""
+    x = torch.zeros(1, 8, 64, device="cuda", dtype=torch.bfloat16)
+    try:
+        flashomni.gemm_q(x, torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16))
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+def config(**changes) -> Config:
+    settings = {
+        "cache_interval": 4,
+        "disable_cache_before_step": 3,
+        "block_q": 64,
+        "block_kv": 64,
+        "tau_q": 0.6,
+        "tau_kv": 0.2,
+        "ramp_power": 1.0,
+    }
+    return Config(**(settings | changes))
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.zeros(HEIGHT, WIDTH, 3)
+    ids[..., 1] += torch.arange(HEIGHT)[:, None]
+    ids[..., 2] += torch.arange(WIDTH)
+    half = {
+        "hidden_states": torch.randn(1, HEIGHT * WIDTH, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(1, TEXT, 32, generator=generator),
+        "pooled_projections": torch.randn(1, 32, generator=generator),
+    }
+    places = {"img_ids": ids.flatten(0, 1).cuda(), "txt_ids": torch.zeros(TEXT, 3, device="cuda")}
+    return {name: x.to("cuda", torch.bfloat16) for name, x in half.items()} | places
+
+
+def denoise(model, engine, strict: bool = False) -> list[torch.Tensor]:
+    """The model's output at each step. strict: in a step, whatever makes the host wait is an error."""
+    given, outputs = inputs(), []
+    times = torch.linspace(1, 0, STEPS + 1, device="cuda", dtype=torch.bfloat16)
+    engine.begin(STEPS)
+    for i in range(STEPS):
+        # The first steps allocate; the first ones of a kind may load kernels.
+        torch.cuda.set_sync_debug_mode("error" if strict and i > 8 else "default")
+        try:
+            y = model(timestep=times[i : i + 1], return_dict=False, **given)[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        outputs.append(y)
+        given["hidden_states"] = given["hidden_states"] - y / STEPS
+        engine.step()
+    return outputs
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("s_q", [0.0, 0.5, 1.0])
+def test_graphs_give_the_bits_of_eager_steps(order: int, s_q: float) -> None:
+    model = tiny_transformer().to("cuda", torch.bfloat16)
+    settings = {"max_order": order, "s_q": s_q}
+    eager = flashomni.enable(model, config(**settings))
+    want, stats = denoise(model, eager), flashomni.stats(model)
+    flashomni.disable(model)
+    engine = flashomni.enable(model, config(cuda_graphs=True, **settings))
+    for run in range(3):  # the later runs replay what the first one captured
+        for step, (got, wanted) in enumerate(zip(denoise(model, engine), want, strict=True)):
+            assert torch.equal(got, wanted), f"run {run}, step {step}"
+        found = flashomni.stats(model)
+        assert found.density_by_step == stats.density_by_step and found.steps == stats.steps
+        assert not found.notes
+    assert sum(graph is not None for graph in engine.graphs._graphs.values()) >= 3
+    flashomni.disable(model)
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    model = tiny_transformer().to("cuda", torch.bfloat16)
+    for graphs in (False, True):
+        engine = flashomni.enable(model, config(cuda_graphs=graphs, s_q=0.3))
+        denoise(model, engine)
+        denoise(model, engine)
+        denoise(model, engine, strict=True)
+        flashomni.disable(model)
+
+
+def test_the_gpu_does_as_the_cpu() -> None:
+    """Dense symbols, so that no bit of the choice can differ; the rest is rounding in bfloat16."""
+    model = tiny_transformer()
+    exact = [x.clone() for x in _on_cpu(model)]
+    model = model.to("cuda", torch.bfloat16)
+    engine = flashomni.enable(model, config(policy="dense"))
+    for got, want in zip(denoise(model, engine), exact, strict=True):
+        assert (got.cpu().float() - want).norm() < 0.1 * want.norm()
+    flashomni.disable(model)
+
+
+def _on_cpu(model) -> list[torch.Tensor]:
+    given, outputs = {name: x.cpu().float() for name, x in inputs().items()}, []
+    for i in range(STEPS):
+        y = model(timestep=torch.tensor([1 - i / STEPS]), return_dict=False, **given)[0]
+        outputs.append(y)
+        given["hidden_states"] = given["hidden_states"] - y / STEPS
+    return outputs
+
+
+def test_memory_is_predicted() -> None:
+    model = tiny_transformer().to("cuda", torch.bfloat16)
+    said = flashomni.memory(config(), model, image_tokens=HEIGHT * WIDTH, text_tokens=TEXT)
+    engine = flashomni.enable(model, config())
+    denoise(model, engine)
+    held = flashomni.stats(model).bytes_held
+    assert abs(said.total - sum(held.values())) <= 0.02 * sum(held.values()), (said.by_kind, held)
+    flashomni.disable(model)
