@@ -30,6 +30,7 @@ RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs" / "gpu-results.md"
 TESTS = ROOT / "tests" / "python"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 ATTENTION_SHAPES = ((33280, 128), (16896, 128), (4608, 128), (33280, 64), (33280, 256))  # tokens, head_dim
+SELECT_TOKENS = (33280, 4608)
 
 
 def digest() -> str:
@@ -94,12 +95,16 @@ def sanitizer() -> dict:
 def benchmarks() -> dict:
     import torch
 
-    from flashomni.bench import attention_cuda, gemm_cuda
+    from flashomni.bench import attention_cuda, gemm_cuda, select
 
     rows = []
     for shape in gemm_cuda.SHAPES:
         rows += gemm_cuda.run(shape)
         print(f"GEMMs of {shape}: done", flush=True)
+    for tokens in SELECT_TOKENS:
+        shape = {"tokens": tokens, "heads": 24, "head_dim": 128, "block": 128}
+        rows += select.run(**shape, dtype=torch.bfloat16, rounds=7, device="cuda")
+        print(f"selection and forecasts at {tokens} tokens: done", flush=True)
     for tokens, head_dim in ATTENTION_SHAPES:
         rows += attention_cuda.run(tokens=tokens, heads=24, head_dim=head_dim, dtype=torch.bfloat16, rounds=7)
         print(f"attention at {tokens} tokens, head_dim {head_dim}: done", flush=True)
@@ -189,6 +194,27 @@ def check(paths: list[Path]) -> int:
 
 
 # ---- docs ----
+def select_lines(rows: list[dict]) -> list[str]:
+    """Choosing symbols as a share of dense attention, forecasts as a share of a copy's bandwidth."""
+    if not rows:
+        return []
+    lines = [
+        "### Symbols and forecasts, one layer",
+        "",
+        "| what | tokens | ms | of cuDNN's dense attention | of copy bandwidth |",
+        "|---|---|---|---|---|",
+    ]
+    for found in rows:
+        share, copied = "–", "–"
+        if found["suite"] == "select":
+            share = f"{found['ms'] / found['baseline']['ms']:.2%}"
+        else:
+            copied = f"{found['copy_share']:.0%}"
+        case = found["case"]
+        lines.append(f"| {case['what']} | {case['seqlen']} | {found['ms']:.4f} | {share} | {copied} |")
+    return [*lines, ""]
+
+
 def attention_table(rows: list[dict]) -> list[str]:
     """A line a case: selected work a second, and ratios."""
     lines = [
@@ -267,6 +293,7 @@ def document(record: dict) -> list[str]:
             ]
             lines += [f"Dense: {dense}.", "", *attention_table(rows), ""]
         lines += gemm_sections(bench["rows"])
+        lines += select_lines([found for found in bench["rows"] if found["suite"] in ("select", "forecast")])
         host = ", ".join(f"{name} {us:.1f} µs" for name, us in bench["host_us"].items())
         lines += [f"Host time of an eager call: {host}.", ""]
     return lines

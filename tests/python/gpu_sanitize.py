@@ -7,7 +7,15 @@ import gpu_gemm_problems as gemm_problems
 import torch
 from gpu_problems import check, make_problem
 
-from flashomni import sparse_attention
+from flashomni import (
+    SparseSymbols,
+    block_mean,
+    norm_rope,
+    select_flashomni,
+    sparse_attention,
+    taylor_forecast,
+    taylor_update,
+)
 
 BLOCKS = [(128, 128), (128, 64), (64, 64)]
 
@@ -61,6 +69,27 @@ def gemm() -> int:
     return len(q) + len(o)
 
 
+def symbols() -> int:
+    """Means, selection, norms and forecasts at odd sizes."""
+    problems = 0
+    for block in BLOCKS:
+        for dim, tokens, text in ((64, 700, 77), (80, 333, 0), (256, 1, 1)):
+            q, k = torch.randn(2, 2, tokens, 4, dim, device="cuda", dtype=torch.bfloat16)
+            norm_rope(q, torch.ones(dim, device="cuda", dtype=torch.bfloat16), None, None)
+            chosen = SparseSymbols.zeros(2, 4, tokens, tokens, *block, "cuda")
+            means = block_mean(q, block[0]), block_mean(k[:, :, :2], block[1])
+            taus = {"tau_q": 0.5, "tau_kv": 0.2, "s_q": 0.1}
+            select_flashomni(*means, chosen, text_start=0, text_length=text, **taus)
+            cache, skip = chosen.masks()
+            assert skip[cache].any(-1).all()
+            history = [q.clone(), torch.empty_like(q)]
+            taylor_update(k, history, gap=2, valid=1)
+            forecast = taylor_forecast(history, torch.tensor([1.0, 1.0], device="cuda"))
+            assert torch.allclose(forecast.float(), (k + (k - q) / 2).float(), atol=0.1)
+            problems += 1
+    return problems
+
+
 if __name__ == "__main__":
     with torch.no_grad():
-        print(f"{attention() + gemm()} problems, all right")
+        print(f"{attention() + gemm() + symbols()} problems, all right")

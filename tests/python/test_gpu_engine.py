@@ -1,4 +1,4 @@
-"""The engine on the GPU: no read of the device in a step, and steps replayed from graphs as they are without."""
+"""The engine on the GPU: a step reads nothing of the device, and its graph gives what it gives itself."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def run(
         calls[case] = _call(q, k, v, symbols, out, options)
         work[case] = harness.attention_flops(symbols, head_dim)
     arms = {str(case): call for case, call in calls.items()}
-    arms["cudnn"] = _cudnn(q, k, v)
+    arms["cudnn"] = cudnn(q, k, v)
     if (fa3 := _fa3()) is not None:
         arms["fa3"] = lambda: fa3(q, k, v)
     ms = cuda.interleave(arms, rounds)
@@ -89,7 +89,7 @@ def host_us(heads: int = 24, head_dim: int = 128, tokens: int = 128) -> dict[str
     q, k, v = torch.randn(3, 1, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
     symbols = _symbols(Case(1.0), tokens, heads)
     ours = cuda.host_us(_call(q, k, v, symbols, torch.empty_like(q), {}))
-    return {"sparse_attention": ours, "torch_sdpa": cuda.host_us(_cudnn(q, k, v, choose=False))}
+    return {"sparse_attention": ours, "torch_sdpa": cuda.host_us(cudnn(q, k, v, choose=False))}
 
 
 def _call(
@@ -98,7 +98,7 @@ def _call(
     return lambda: ops.sparse_attention(q, k, v, symbols, out=out, **options)
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, choose: bool = True) -> Callable[[], object]:
+def cudnn(q: Tensor, k: Tensor, v: Tensor, choose: bool = True) -> Callable[[], object]:
     """torch's SDPA on the transposed views that diffusers passes; choose: cuDNN's."""
     tq, tk, tv = (t.transpose(1, 2) for t in (q, k, v))
 

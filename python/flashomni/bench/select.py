@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flashomni import ops
-from flashomni.bench import gpu, harness
+from flashomni.bench import attention_cuda, cuda, harness
 from flashomni.symbols import SparseSymbols
 
 TEXT = 16  # tokens, as in tiny_flux
@@ -80,7 +80,8 @@ def run(
 ) -> list[dict]:
     """Rows of suites "select" and "forecast". Baselines: one dense attention; for the forecast, a copy.
 
-    copy_share: bytes moved a second, as a share of what the copy moves.
+    copy_share: bytes moved a second, as a share of what the copy moves. On a GPU, kernels_us: microseconds of
+    each kernel by itself.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (1, tokens, heads, head_dim)
@@ -91,7 +92,9 @@ def run(
     arms = selecting | {name: arm for name, (_, arm) in forecasting.items()}
     arms["sdpa"] = lambda: F.scaled_dot_product_attention(bq, bk, bv)
     arms["copy"] = lambda: out.copy_(q)
-    ms = (gpu if q.is_cuda else harness).interleave(arms, rounds)
+    if q.is_cuda:
+        arms["sdpa"] = attention_cuda.cudnn(q, k, v)
+    ms = (cuda if q.is_cuda else harness).interleave(arms, rounds)
     dense = 4.0 * heads * head_dim * tokens * tokens
     rows = []
     for name in (*selecting, *forecasting):
@@ -104,7 +107,10 @@ def run(
             "dtype": str(dtype).removeprefix("torch."),
         }
         if name in selecting:
-            rows.append(harness.row("select", case, ms[name], None, ("torch_sdpa", ms["sdpa"], dense)))
+            baseline = ("cudnn" if q.is_cuda else "torch_sdpa", ms["sdpa"], dense)
+            rows.append(harness.row("select", case, ms[name], None, baseline))
+            if q.is_cuda:
+                rows[-1]["kernels_us"] = cuda.kernels_us(selecting[name])
             continue
         found = harness.row("forecast", case, ms[name], None, ("torch_copy", ms["copy"], None))
         found["copy_share"] = forecasting[name][0] / 2 * ms["copy"] / ms[name]
