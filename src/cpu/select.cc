@@ -129,7 +129,8 @@ void text_shares(const SelectArguments& a, const Shape& s, const Buffers& m) {
   }
 }
 
-/// What a cumulative share may reach. At 1 it is all of it, though rounded shares may add up to a little more.
+/// What a cumulative share may reach. At 1 it is all of it, though rounded shares may add up to a little
+/// more.
 double limit_of(float tau) {
   return tau >= 1 ? std::numeric_limits<double>::infinity() : static_cast<double>(tau);
 }

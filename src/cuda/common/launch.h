@@ -1,4 +1,5 @@
-// What launches need of the host on any architecture: errors, facts about a device, things done once a device.
+// What launches need of the host on any architecture: errors, facts about a device, things done once a
+// device.
 #pragma once
 
 #include <cuda_runtime.h>
