@@ -26,6 +26,7 @@ class Config:
     block_q, block_kv: tokens a block, 64 or 128.
     policy: name of the policy that chooses the symbols.
     dense_layers: indices of transformer layers that stay dense.
+    protect_conditions: tokens of pictures that are given (to edit) are never cached nor skipped, as text is.
     cuda_graphs: on a GPU each kind of step is captured as a CUDA graph once and replayed for all others.
     strict: raise where something would run dense unasked, instead of saying so in `flashomni.explain`.
 
@@ -44,6 +45,7 @@ class Config:
     block_kv: int = 128
     policy: str = "flashomni"
     dense_layers: tuple[int, ...] = ()
+    protect_conditions: bool = True
     cuda_graphs: bool = False
     strict: bool = False
 
@@ -61,7 +63,7 @@ class Config:
         _check_number("ramp_power", self.ramp_power, "a finite number >= 0", lambda x: x >= 0)
         if not isinstance(self.policy, str) or not self.policy:
             raise TypeError(f"policy: expected a policy's name, got {self.policy!r}")
-        for name in ("cuda_graphs", "strict"):
+        for name in ("protect_conditions", "cuda_graphs", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         try:

@@ -251,6 +251,17 @@ class SparseSymbols:
                 return part.device
         return torch.device("cpu")
 
+    def element(self, index: int) -> SparseSymbols:
+        """The symbols of one batch element, as views. ValueError where elements start by an indptr."""
+        if self.cache_indptr is not None or self.skip_indptr is not None:
+            raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")
+        parts = {
+            name: part[index : index + 1]
+            for name in ("cache", "skip")
+            if (part := getattr(self, name)) is not None
+        }
+        return replace(self, batch=1, **parts)
+
     def to(self, device: torch.device | str) -> SparseSymbols:
         """The same symbols with their tensors on `device`."""
         parts = ("cache", "skip", "cache_indptr", "skip_indptr")

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from flashomni.config import Config
+from flashomni.diffusers.call import Call, Inputs
 from flashomni.diffusers.clock import listen, unlisten
 from flashomni.diffusers.explain import Explanation, explanation, row_of
-from flashomni.diffusers.families import family_of
+from flashomni.diffusers.families import Family, family_of
 from flashomni.diffusers.graphs import graph_steps
-from flashomni.diffusers.intercept import intercept
 from flashomni.diffusers.layers import find_layers
 from flashomni.engine import Engine, RunStats
 from flashomni.policies import Policy, check_policy, make_policy
@@ -27,8 +27,9 @@ _ATTRIBUTE = "_flashomni"
 class _Attachment:
     """All that enable() put onto one transformer, and how it comes off again."""
 
-    def __init__(self, engine: Engine, transformer: nn.Module, pipe: Any):
-        self.engine = engine
+    def __init__(self, engine: Engine, family: Family, transformer: nn.Module, pipe: Any):
+        self.engine, self.family = engine, family
+        self.call = Call(engine, family.text_first)
         self.pipe = weakref.ref(pipe) if pipe is not None else None
         self.scheduler = getattr(pipe, "scheduler", None)
         self.restore: list[Callable[[], None]] = []
@@ -39,7 +40,7 @@ class _Attachment:
         transformer, engine = self._transformer(), self.engine
         try:
             for layer in layers:
-                self.restore.append(intercept(engine, layer))
+                self.restore.append(layer.spec.intercept(self.call, layer))
             if engine.config.cuda_graphs:
                 self.restore.append(graph_steps(engine, transformer))
             before = transformer.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -89,10 +90,10 @@ class _Attachment:
 
         self.restore.append(restore)
 
-    def _before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         engine = self.engine
         if not engine.enabled:
-            return
+            return None
         pipe = self.pipe() if self.pipe is not None else None
         if pipe is not None and pipe.scheduler is not self.scheduler:
             raise RuntimeError(
@@ -110,7 +111,13 @@ class _Attachment:
                 "flashomni: expected no autocast, got one; convert the model by .to(dtype) instead"
             )
         engine.ledger.synchronize = parameter.device.type == "cuda"
-        engine.start_pass(self.context)
+        self.call.begin()
+        if self.family.prepare is not None:
+            inputs = Inputs(transformer, args, kwargs)
+            self.family.prepare(inputs, self.call)
+            args, kwargs = (), inputs.kwargs
+        engine.start_pass(self.context, self.call.key())
+        return args, kwargs
 
     def _after(self, transformer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.engine.enabled:
@@ -133,8 +140,8 @@ def enable(
     cache is; ValueError or TypeError for arguments.
     """
     transformer, pipe = _transformer_of(target)
-    config = _config(config)
     family = family_of(transformer)
+    config = _config(config, family)
     if _ATTRIBUTE in transformer.__dict__:
         raise RuntimeError("flashomni: enabled already; call flashomni.disable() first")
     if getattr(transformer, "is_cache_enabled", False):
@@ -157,7 +164,7 @@ def enable(
         raise NotImplementedError("flashomni: no layer can be sparse:\n" + "\n".join(problems))
     engine = Engine(config, len(layers), check_policy(policy or make_policy(config.policy, config)))
     engine.ledger.enabled = timing
-    _Attachment(engine, transformer, pipe).put(served)
+    _Attachment(engine, family, transformer, pipe).put(served)
     return engine
 
 
@@ -197,17 +204,31 @@ def explain(
     attachment = transformer.__dict__.get(_ATTRIBUTE)
     if config is None and attachment is not None:
         config = attachment.engine.config
-    layers = find_layers(transformer, family_of(transformer))
+    family = family_of(transformer)
+    notes = family.notes
+    if isinstance(config, str) and config in family.presets:
+        notes += (f"preset {config!r}: {family.presets[config].source}.",)
     return explanation(
-        type(transformer).__name__, attachment is not None, _config(config), layers, num_inference_steps
+        type(transformer).__name__,
+        attachment is not None,
+        _config(config, family),
+        find_layers(transformer, family),
+        num_inference_steps,
+        notes,
     )
 
 
-def _config(config: Config | str | None) -> Config:
+def _config(config: Config | str | None, family: Family) -> Config:
     if config is None:
         return Config()
+    if isinstance(config, str) and config in family.presets:
+        return Config(**family.presets[config].settings)
     if isinstance(config, str):
-        return Config.preset(config)
+        try:
+            return Config.preset(config)
+        except ValueError as error:
+            known = ", ".join(family.presets) or "none"
+            raise ValueError(f"{error}; this model's own presets: {known}") from None
     if not isinstance(config, Config):
         raise TypeError(
             f"config: expected a flashomni.Config or a preset's name, got {type(config).__name__}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flashomni.config import Config
-from flashomni.diffusers.layers import Layer
+from flashomni.diffusers.blocks import Layer
 from flashomni.schedule import plan
 
 
@@ -69,7 +69,7 @@ def row_of(layer: Layer, config: Config) -> Row:
         return Row(layer.index, layer.name, "dense", "dense", "dense", (f"its own code: {layer.refusal}",))
     if layer.index in config.dense_layers:
         return Row(layer.index, layer.name, "dense", "dense", "dense", ("in dense_layers",))
-    query_names = [layer.spec.image.q] if hasattr(layer.spec, "image") else [layer.spec.stream.q]
+    query_names = [layer.spec.streams()[0].q]
     gemm_q = not any(note.split()[0] in query_names for note in layer.fallbacks)
     notes = tuple(f"{note}: called as a module" for note in layer.fallbacks)
     if not layer.gemm_o:
@@ -84,7 +84,15 @@ def row_of(layer: Layer, config: Config) -> Row:
     )
 
 
-def explanation(model: str, enabled: bool, config: Config, layers: list[Layer], num_steps: int | None):
+def explanation(
+    model: str,
+    enabled: bool,
+    config: Config,
+    layers: list[Layer],
+    num_steps: int | None,
+    notes: tuple[str, ...] = (),
+) -> Explanation:
+    """The table; `notes` are the family's."""
     rows = tuple(row_of(layer, config) for layer in layers)
     kinds = tuple(step.kind for step in plan(num_steps, config)) if num_steps is not None else ()
-    return Explanation(model, enabled, config, rows, _ALWAYS, kinds)
+    return Explanation(model, enabled, config, rows, _ALWAYS + notes, kinds)

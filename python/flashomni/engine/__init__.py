@@ -2,7 +2,7 @@
 
 from flashomni.engine.engine import Engine
 from flashomni.engine.layer import Attention, Output, Stream
-from flashomni.engine.linear import apply_linear, why_no_norm, why_not_plain
+from flashomni.engine.linear import apply_linear, why_no_norm, why_no_wide_norm, why_not_plain
 from flashomni.engine.stats import RunStats
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "Stream",
     "apply_linear",
     "why_no_norm",
+    "why_no_wide_norm",
     "why_not_plain",
 ]

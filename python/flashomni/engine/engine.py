@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from flashomni.engine.scalars import StepScalars
 from flashomni.engine.state import Buffers, Contexts, bytes_of
 from flashomni.engine.stats import RunStats, StatsRecorder
 from flashomni.policies import Policy
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -37,8 +40,10 @@ class Engine:
         self.context: Hashable = 0
         self.enabled = True
         self._pending: Callable[[], int] | None = None
+        self._inputs: Hashable = None
         self._passes = 0
         self._seen: set[Hashable] = set()
+        self._once: dict[Hashable, object] = {}
         self._started = 0.0
 
     @property
@@ -75,8 +80,9 @@ class Engine:
         self.index += 1
         self._passes = 0
 
-    def start_pass(self, name: Hashable | None = None) -> None:
-        """A call of the model begins. `name` is its context; by default its number within the step.
+    def start_pass(self, name: Hashable | None = None, inputs: Hashable = None) -> None:
+        """A call of the model begins. `name` is its context; by default its number within the step. `inputs`:
+        what of the call's inputs the layers' work depends on besides their tensors' shapes.
 
         Raises RuntimeError if no run has begun or the run is over.
         """
@@ -93,16 +99,25 @@ class Engine:
                 "`with flashomni.disabled(...)`."
             )
         self.context = self._passes if name is None else name
+        self._inputs = inputs
+        self._once.clear()
         self._seen.add(self.context)
         self._passes += 1
         self._started = self.ledger.now() if self.ledger.enabled else 0.0
 
     def end_pass(self, completed: bool) -> None:
         """The call of the model is over; one that failed may be tried again in the same context."""
+        self._once.clear()
         if not completed:
             self._passes = max(self._passes - 1, 0)
         elif self.ledger.enabled:
             self.ledger.add("model", self.ledger.now() - self._started)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """make(), worked out once a pass for all layers."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
 
     def attend(self, attention: Attention) -> list[Tensor]:
         """One attention layer of the pass at hand: the output projections' results, each [B, rows, N]."""
@@ -121,7 +136,7 @@ class Engine:
         else:
             states = [state.history_of(self) if plan.record else () for state in layers.values()]
         identities = tuple(map(id, layers.values()))  # a graph holds its states: none is of the same address
-        return plan.kind, plan.record, self.context, identities, tuple(states)
+        return plan.kind, plan.record, self.context, self._inputs, identities, tuple(states)
 
     def release(self) -> None:
         """Frees all tensors: the run at hand, if any, has to begin anew."""

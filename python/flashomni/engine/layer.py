@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from flashomni import ops
-from flashomni.engine.linear import apply_linear, norm_and_rope, why_not_plain
+from flashomni.engine.linear import apply_linear, norm_across_heads, norm_and_rope, why_not_plain
 from flashomni.engine.state import LayerState, new_zeros
 from flashomni.policies import Choice, Layout, Segment, Stats, Step
 
 
 @dataclass(slots=True)
 class Stream:
-    """Rows of the joint sequence that share their projections: x [B, M, K] is rows start .. start + M."""
+    """Rows of the joint sequence that share their projections: x [B, M, K] is rows start .. start + M.
+
+    across_heads: the norms are over all heads at once. A head of a row then needs the others: GEMM-Q skips a
+    row block only where it is cached in all heads.
+    """
 
     x: Tensor
     start: int
@@ -24,6 +30,7 @@ class Stream:
     v: nn.Module
     norm_q: nn.Module | None = None
     norm_k: nn.Module | None = None
+    across_heads: bool = False
 
 
 @dataclass(slots=True)
@@ -41,6 +48,11 @@ class Attention:
 
     `o` [B, S, K] receives the heads' outputs in its first heads * head_dim columns; the columns past them (a
     parallel MLP) hold what the caller put there and go through the output projections too.
+
+    text: where the text lies; its length is 0 where there is none. condition: tokens that no policy may cache
+    or skip either. valid: tokens a batch element, where padding ends the sequence: no key past them is seen.
+    rope: tables of the joint sequence, float32 [S, D] each; or a function that rotates x [B, M, H, D], rows
+    from its second argument on, in place.
     """
 
     layer: int
@@ -50,7 +62,9 @@ class Attention:
     streams: list[Stream]
     outputs: list[Output]
     o: Tensor
-    rope: tuple[Tensor, Tensor] | None = None
+    rope: tuple[Tensor, Tensor] | Callable[[Tensor, int], None] | None = None
+    condition: Segment | None = None
+    valid: tuple[int, ...] | None = None
 
     @property
     def width(self) -> int:
@@ -148,17 +162,38 @@ class LayerRun:
         q, k, v = (engine.buffers.take(name, tuple(self.o4.shape), a.o) for name in "qkv")
         for stream in a.streams:
             rows = slice(stream.start, stream.start + stream.x.shape[1])
+            tiles = self.state.rows if stream.across_heads and symbols is not None else symbols
             with engine.ledger("gemm_q"):
-                apply_linear(stream.q, stream.x, q[:, rows].flatten(2), symbols, row_offset=stream.start)
+                apply_linear(stream.q, stream.x, q[:, rows].flatten(2), tiles, row_offset=stream.start)
             with engine.ledger("gemm_kv"):
                 apply_linear(stream.k, stream.x, k[:, rows].flatten(2), keys, row_offset=stream.start)
                 apply_linear(stream.v, stream.x, v[:, rows].flatten(2), keys, row_offset=stream.start)
             with engine.ledger("norm_rope"):
-                norm_and_rope(stream.norm_q, q[:, rows], a.rope, symbols, row_offset=stream.start)
-                norm_and_rope(stream.norm_k, k[:, rows], a.rope, row_offset=stream.start)
+                norm_q, norm_k = stream.norm_q, stream.norm_k
+                if stream.across_heads:
+                    norm_across_heads(norm_q, q[:, rows])
+                    norm_across_heads(norm_k, k[:, rows])
+                    norm_q = norm_k = None
+                norm_and_rope(norm_q, q[:, rows], a.rope, symbols, row_offset=stream.start)
+                norm_and_rope(norm_k, k[:, rows], a.rope, row_offset=stream.start)
         with engine.ledger("attention"):
-            ops.sparse_attention(q, k, v, symbols, out=self.o4)
+            if a.valid is None:
+                ops.sparse_attention(q, k, v, symbols, out=self.o4)
+            else:
+                self._attend_to_valid(q, k, v, symbols)
         return q, k
+
+    def _attend_to_valid(self, q: Tensor, k: Tensor, v: Tensor, symbols) -> None:
+        """Attention where batch elements end at different keys: one after the other."""
+        for i, valid in enumerate(self.a.valid):
+            one, out = slice(i, i + 1), self.o4[i : i + 1]
+            if symbols is None:
+                ops.sparse_attention(q[one], k[one, :valid], v[one, :valid], out=out)
+                continue
+            block = symbols.block_kv
+            starts = torch.arange(0, k.shape[1], block, dtype=torch.int32, device=k.device)
+            lengths = (valid - starts).clamp(0, block)
+            ops.sparse_attention(q[one], k[one], v[one], symbols.element(i), out=out, kv_block_len=lengths)
 
     def _select(self, q: Tensor, k: Tensor) -> None:
         engine, state, a = self.engine, self.state, self.a
@@ -173,7 +208,7 @@ class LayerRun:
             heads=a.heads,
             head_dim=a.head_dim,
             tokens=tokens,
-            segments=_segments(a.text, tokens),
+            segments=_segments(a.text, a.condition, tokens),
             block_q=state.symbols.block_q,
             block_kv=state.symbols.block_kv,
         )
@@ -182,7 +217,11 @@ class LayerRun:
             engine.index, engine.count, engine.plan.ramp, engine.context, a.layer, engine.layers, ramp
         )
         engine.policy.select(step, layout, stats, state.policy, Choice(state.symbols))
+        if a.condition is not None:
+            state.protect(a.condition)
         state.decide_reuse(engine.config.max_order)
+        if any(stream.across_heads for stream in a.streams):
+            state.decide_rows()
         state.measure_density()
 
     def _record(self, *, keep: bool) -> list[Tensor]:
@@ -252,8 +291,14 @@ def _count(engine, layer: int, kind: str, state: LayerState) -> None:
     engine.stats.record(engine.index, engine.context, layer, kind, state)
 
 
-def _segments(text: Segment, tokens: int) -> tuple[Segment, ...]:
-    """The joint sequence as image, text, image, without empty parts."""
-    end = text.start + text.length
-    parts = (Segment("image", 0, text.start), text, Segment("image", end, tokens - end))
-    return tuple(part for part in parts if part.length)
+def _segments(text: Segment, condition: Segment | None, tokens: int) -> tuple[Segment, ...]:
+    """The joint sequence in parts: text and condition where they are, image between; none is empty."""
+    given = sorted((s for s in (text, condition) if s is not None and s.length), key=lambda s: s.start)
+    parts, end = [], 0
+    for segment in (*given, Segment("image", tokens, 0)):
+        if segment.start > end:
+            parts.append(Segment("image", end, segment.start - end))
+        if segment.length:
+            parts.append(segment)
+        end = segment.start + segment.length
+    return tuple(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -67,22 +69,35 @@ def why_no_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
     return None if _untouched(module) else "has hooks on its forward"
 
 
+def why_no_wide_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
+    """None: a norm over all heads is always called as a module, and loses nothing by it."""
+    return None
+
+
+def norm_across_heads(module: nn.Module | None, x: Tensor) -> None:
+    """x [B, M, H, D] = module(x [B, M, H * D]) in place."""
+    if module is not None:
+        x.copy_(module(x.flatten(2)).unflatten(2, x.shape[2:]))
+
+
 def norm_and_rope(
     module: nn.Module | None,
     x: Tensor,
-    rope: tuple[Tensor, Tensor] | None,
+    rope: tuple[Tensor, Tensor] | Callable[[Tensor, int], None] | None,
     symbols: SparseSymbols | None = None,
     *,
     row_offset: int = 0,
 ) -> None:
-    """x = rope(norm(x)) in place on active tiles. x [B, M, H, D]; rope (cos, sin), float32 [tokens, D]."""
-    cos, sin = rope if rope is not None else (None, None)
+    """x = rope(norm(x)) in place on active tiles. x [B, M, H, D]; rope (cos, sin), float32 [tokens, D], or a
+    function of x and its first row."""
+    cos, sin = rope if isinstance(rope, tuple) else (None, None)
     weight, eps = None, 1e-6
     if module is not None and why_no_norm(module, x.dtype) is None:
         weight = module.weight
         eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
     elif module is not None:
         x.copy_(module(x))
-    if weight is None and cos is None:
-        return
-    ops.norm_rope(x, weight, cos, sin, eps=eps, symbols=symbols, row_offset=row_offset)
+    if weight is not None or cos is not None:
+        ops.norm_rope(x, weight, cos, sin, eps=eps, symbols=symbols, row_offset=row_offset)
+    if callable(rope):
+        rope(x, row_offset)

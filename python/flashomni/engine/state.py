@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flashomni.symbols import SparseSymbols
+from flashomni.policies import Segment
+from flashomni.symbols import SparseSymbols, pack
 
 
 class Buffers:
@@ -75,6 +76,41 @@ class Asleep:
         self.weights[1:] = active.any()
 
 
+class RowSymbols:
+    """S_c with one head, for work that all heads of a row share: active where any head is."""
+
+    def __init__(self, symbols: SparseSymbols):
+        s = symbols
+        with torch.inference_mode(False):
+            ones = SparseSymbols.ones(s.batch, 1, s.q_tokens, s.kv_tokens, s.block_q, s.block_kv, s.device)
+            self.symbols = replace(ones, cache=ones.cache.clone(), skip=None)
+
+    def decide(self, symbols: SparseSymbols) -> None:
+        self.symbols.cache.copy_(pack(symbols.masks()[0].any(1)))
+
+
+class Protection:
+    """Bits of a segment that no policy may clear: its rows whole, and its columns in every row."""
+
+    def __init__(self, symbols: SparseSymbols, segment: Segment):
+        self.segment = segment
+        s, end = symbols, segment.start + segment.length
+        rows = slice(segment.start // s.block_q, -(-end // s.block_q))
+        columns = slice(segment.start // s.block_kv, -(-end // s.block_kv))
+        with torch.inference_mode(False):
+            cache = torch.zeros(1, s.heads, s.q_blocks, dtype=torch.bool, device=s.device)
+            skip = torch.zeros(*cache.shape, s.kv_blocks, dtype=torch.bool, device=s.device)
+            cache[:, :, rows] = skip[:, :, rows] = skip[..., columns] = True
+            sizes = {"q_tokens": s.q_tokens, "kv_tokens": s.kv_tokens}
+            self.bits = SparseSymbols.from_masks(cache, skip, block_q=s.block_q, block_kv=s.block_kv, **sizes)
+
+    def apply(self, symbols: SparseSymbols) -> None:
+        """An element that is reused whole stays so."""
+        awake = symbols.cache.any(1, keepdim=True)
+        symbols.cache.bitwise_or_(self.bits.cache * awake)
+        symbols.skip.bitwise_or_(self.bits.skip)
+
+
 @dataclass(slots=True)
 class LayerState:
     """One attention layer in one context. Tensors outlive a run; the numbers say what in them is valid."""
@@ -89,6 +125,8 @@ class LayerState:
     orders: int = 1  # how many of D + 1 the history supported at that Update
     reuse_all: bool = False  # known on the host: S_c is zero everywhere, so that nothing is launched
     asleep: Asleep | None = None  # the same on a GPU, where the host does not know
+    row_symbols: RowSymbols | None = None
+    protection: Protection | None = None
     keeps_o: bool = False  # O itself is forecast, as an output projection is no plain linear
     measured: Tensor | None = None  # float32 [2, H], of the last Update: see keep_density()
     density: Tensor | None = None  # float32 [H], selected share of block pairs
@@ -103,6 +141,21 @@ class LayerState:
         if self.asleep is None:
             self.asleep = Asleep(self.symbols, order)
         self.asleep.decide()
+
+    @property
+    def rows(self) -> SparseSymbols:
+        """S_c of whole row blocks; valid once decide_rows() has been called."""
+        return self.row_symbols.symbols
+
+    def decide_rows(self) -> None:
+        if self.row_symbols is None:
+            self.row_symbols = RowSymbols(self.symbols)
+        self.row_symbols.decide(self.symbols)
+
+    def protect(self, segment: Segment) -> None:
+        if self.protection is None or self.protection.segment != segment:
+            self.protection = Protection(self.symbols, segment)
+        self.protection.apply(self.symbols)
 
     def measure_density(self) -> None:
         """Into memory of its own, where a replayed graph writes it too."""

@@ -1,0 +1,7 @@
+"""The shapes of transformer block that attentions come in, one file each: its description and its code."""
+
+from flashomni.diffusers.blocks.base import Blocks, Layer, Projections, part
+from flashomni.diffusers.blocks.joint import JointBlocks
+from flashomni.diffusers.blocks.parallel import ParallelBlocks
+
+__all__ = ["Blocks", "JointBlocks", "Layer", "ParallelBlocks", "Projections", "part"]

@@ -1,0 +1,180 @@
+"""What all shapes of block share: names of projections, the layer that is taken over, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+from torch import Tensor, nn
+
+from flashomni.diffusers.call import Call, Joint
+from flashomni.engine import Stream, why_no_norm, why_no_wide_norm, why_not_plain
+from flashomni.engine.memory import LayerShape
+
+Restore = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Attribute names, relative to the attention module, of one stream of tokens."""
+
+    q: str
+    k: str
+    v: str
+    norm_q: str | None = None
+    norm_k: str | None = None
+    out: str | None = None
+    after_out: str | None = None  # applied to out's result (dropout)
+    across_heads: bool = False  # norm_q and norm_k are over all heads at once, before the split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """A shape of block. Subclasses describe the rest and bring the code that stands in for the model's own.
+
+    path: of the ModuleList in the model. block: class name of the blocks there that this describes.
+    attention: name of the attention in a block. processor: class name of the processor that ours stands for.
+    rope: form of what the block gets as RoPE (flashomni.diffusers.rope); None: no RoPE. mask: argument in
+    which the model passes the padding that the family's prepare() has dealt with; any other mask is refused.
+    """
+
+    path: str
+    block: str
+    attention: str
+    processor: str
+    rope: Callable | None = None
+    mask: str | None = None
+
+    def streams(self) -> tuple[Projections, ...]:
+        """The projections before attention."""
+        raise NotImplementedError
+
+    def refusal(self, layer: Layer) -> str | None:
+        """Why a layer has to be left to its own code, beyond what holds for all shapes."""
+        return None
+
+    def find_fallbacks(self, layer: Layer) -> None:
+        """Notes in `layer` what has to be called as a module: its look() does that."""
+        raise NotImplementedError
+
+    def intercept(self, call: Call, layer: Layer) -> Restore:
+        """Puts our code in place in one layer; returns a function that takes it out again."""
+        raise NotImplementedError
+
+    def shape_of(self, layer: Layer, image: int, text: int) -> LayerShape:
+        """What decides how much memory the layer takes."""
+        raise NotImplementedError
+
+
+@dataclass
+class Layer:
+    """One attention of a model. `refusal` says why it is left to its own code; `fallbacks`, which parts are
+    called as modules instead of being run by our operators."""
+
+    index: int
+    name: str
+    block: nn.Module
+    spec: Blocks
+    refusal: str | None = None
+    fallbacks: list[str] = field(default_factory=list)
+    gemm_o: bool = True  # the output projections are ours
+
+    @property
+    def attention(self) -> nn.Module:
+        return part(self.block, self.spec.attention)
+
+    @property
+    def heads(self) -> int:
+        return self.attention.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Not every class of attention names it."""
+        attention = self.attention
+        known = getattr(attention, "head_dim", None)
+        return known if known is not None else attention.inner_dim // attention.heads
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    def look(self, owner: nn.Module, name: str, why: Callable[..., str | None]) -> bool:
+        """Whether our operators can do a part; notes it where they cannot."""
+        module = part(owner, name)
+        reason = why(module, next(self.block.parameters()).dtype) if module is not None else None
+        if reason is not None:
+            self.fallbacks.append(f"{name} {reason}")
+        return reason is None
+
+    def look_at(self, stream: Projections) -> None:
+        """The same for all of a stream."""
+        attention = self.attention
+        for name in (stream.q, stream.k, stream.v):
+            self.look(attention, name, why_not_plain)
+        for name in (stream.norm_q, stream.norm_k):
+            if name is not None:
+                self.look(attention, name, why_no_wide_norm if stream.across_heads else why_no_norm)
+        if stream.out is not None:
+            self.gemm_o &= self.look(attention, stream.out, why_not_plain)
+
+
+def part(module: nn.Module, path: str) -> Any:
+    """The submodule at a dotted path; numbers index a ModuleList."""
+    return reduce(
+        lambda m, name: m[int(name)] if name.isdigit() else getattr(m, name), path.split("."), module
+    )
+
+
+def stream_of(attention: nn.Module, names: Projections, x: Tensor, start: int) -> Stream:
+    """Rows start .. of the joint sequence, with the modules that make q, k and v of them."""
+
+    def norm(name: str | None) -> nn.Module | None:
+        return part(attention, name) if name is not None else None
+
+    return Stream(
+        x,
+        start,
+        part(attention, names.q),
+        part(attention, names.k),
+        part(attention, names.v),
+        norm(names.norm_q),
+        norm(names.norm_k),
+        names.across_heads,
+    )
+
+
+def rope_of(call: Call, spec: Blocks, rope: Any, joint: Joint) -> Any:
+    """The tables of the joint sequence, made once a pass."""
+    if rope is None or spec.rope is None:
+        return None
+    form, layout = spec.rope, (joint.text, joint.image)
+    # The pair keeps `rope` alive, so that no other takes its id within the pass.
+    return call.engine.once(("rope", id(rope), form, layout), lambda: (rope, form(rope, *layout)))[1]
+
+
+def refuse_masks(spec: Blocks, layer: str, masks: dict[str, Tensor | None]) -> None:
+    """NotImplementedError for a mask that is not the padding which prepare() dealt with."""
+    for name, mask in masks.items():
+        if mask is not None and name != spec.mask:
+            raise NotImplementedError(
+                f"{name}: expected None in {layer}, got a mask; sparse attention takes none. Call the model "
+                "inside `with flashomni.disabled(...)`"
+            )
+
+
+def feed_forward_scratch(
+    layer: Layer, names: tuple[str, ...], rows: Iterator[int] | tuple[int, ...]
+) -> list[tuple[str, int]]:
+    """The inner activations of feed-forwards that run as two products, by their rows."""
+    found = []
+    for name, count in zip(names, rows, strict=False):
+        if any(note.split()[0] == name and "weight that is no plain" not in note for note in layer.fallbacks):
+            continue
+        found.append((f"feed_forward {count}", count * part(layer.block, name).net[0].proj.out_features))
+    return found
+
+
+def keeps_o(linears: list[nn.Module]) -> bool:
+    return any(type(linear) is not nn.Linear for linear in linears)

@@ -1,0 +1,143 @@
+"""Blocks whose attention keeps text and image apart: an attention processor stands in for the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from flashomni.diffusers.blocks.base import (
+    Blocks,
+    Layer,
+    Projections,
+    Restore,
+    feed_forward_scratch,
+    keeps_o,
+    part,
+    refuse_masks,
+    rope_of,
+    stream_of,
+)
+from flashomni.diffusers.blocks.feed_forward import intercept_feed_forward, why_not_fused
+from flashomni.diffusers.call import Call
+from flashomni.engine import Attention, Output
+from flashomni.engine.memory import LayerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointBlocks(Blocks):
+    """The processor does everything around the attention: it is called as (attention, hidden_states,
+    encoder_hidden_states, .. masks and RoPE by name) and returns (image, text).
+
+    feed_forward: names of the FeedForward modules in a block, of the image and of the text.
+    """
+
+    image: Projections
+    text: Projections
+    feed_forward: tuple[str, ...] = ()
+
+    def streams(self) -> tuple[Projections, ...]:
+        return self.image, self.text
+
+    def find_fallbacks(self, layer: Layer) -> None:
+        layer.look_at(self.image)
+        layer.look_at(self.text)
+        for name in self.feed_forward:
+            layer.look(layer.block, name, why_not_fused)
+
+    def intercept(self, call: Call, layer: Layer) -> Restore:
+        feed_forwards = [
+            intercept_feed_forward(call.engine, part(layer.block, name)) for name in self.feed_forward
+        ]
+        attention = layer.attention
+        processor = JointProcessor(call, layer, attention.processor)
+        copied = processor._attention_backend
+        attention.processor = processor
+
+        def restore() -> None:
+            for restore_feed_forward in feed_forwards:
+                restore_feed_forward()
+            if attention.processor is processor:
+                if processor._attention_backend != copied:
+                    processor.original._attention_backend = processor._attention_backend
+                attention.processor = processor.original
+
+        return restore
+
+    def shape_of(self, layer: Layer, image: int, text: int) -> LayerShape:
+        tokens = image + text
+        linears = [part(layer.attention, self.image.out), part(layer.attention, self.text.out)]
+        return LayerShape(
+            name=layer.name,
+            heads=layer.heads,
+            head_dim=layer.head_dim,
+            tokens=tokens,
+            outputs=tuple(
+                (rows, linear.out_features) for rows, linear in zip((image, text), linears, strict=True)
+            ),
+            keeps_o=keeps_o(linears),
+            scratch=(
+                ("o", tokens * layer.width),
+                *feed_forward_scratch(layer, self.feed_forward, (image, text)),
+            ),
+        )
+
+
+class JointProcessor:
+    """Attention processor of a block that keeps text and image apart: (image, text), each [B, tokens, C]."""
+
+    flashomni = True
+
+    def __init__(self, call: Call, layer: Layer, original: Any):
+        self.call, self.engine, self.layer, self.spec = call, call.engine, layer, layer.spec
+        self.original = original
+        self._attention_backend = getattr(original, "_attention_backend", None)
+        self._parallel_config = getattr(original, "_parallel_config", None)
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        masks = {
+            "attention_mask": attention_mask,
+            "encoder_hidden_states_mask": encoder_hidden_states_mask,
+        }
+        if not self.engine.enabled:
+            given = {name: mask for name, mask in masks.items() if mask is not None}
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given
+            )
+        layer, spec = self.layer, self.spec
+        refuse_masks(spec, layer.name, masks)
+        joint = self.call.lay_out(encoder_hidden_states.shape[1], hidden_states.shape[1])
+        image, text = joint.image, joint.text
+        attention = Attention(
+            layer=layer.index,
+            heads=layer.heads,
+            head_dim=layer.head_dim,
+            text=text,
+            condition=joint.condition,
+            valid=joint.valid,
+            streams=[
+                stream_of(attn, spec.text, encoder_hidden_states, text.start),
+                stream_of(attn, spec.image, hidden_states, image.start),
+            ],
+            outputs=[
+                Output(part(attn, spec.image.out), image.start, image.length),
+                Output(part(attn, spec.text.out), text.start, text.length),
+            ],
+            o=self.engine.buffers.take(
+                "o", (hidden_states.shape[0], joint.tokens, layer.width), hidden_states
+            ),
+            rope=rope_of(self.call, spec, image_rotary_emb, joint),
+        )
+        of_image, of_text = self.engine.attend(attention)
+        if spec.image.after_out is not None:
+            of_image = part(attn, spec.image.after_out)(of_image)
+        return of_image, of_text

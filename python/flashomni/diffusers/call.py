@@ -1,0 +1,138 @@
+"""The call of a model at hand: what its inputs say of the joint sequence, worked out once for all layers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from flashomni.engine import Engine
+from flashomni.policies import Segment
+
+T = TypeVar("T")
+_REMEMBERED = 16  # tensors whose contents were read
+
+
+class Inputs:
+    """Arguments of a model's forward by name. What is set here is what the model gets."""
+
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict):
+        names = _parameters(type(model))
+        if len(args) > len(names):
+            raise TypeError(
+                f"{type(model).__name__}: expected at most {len(names)} arguments, got {len(args)}"
+            )
+        self.kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument; None where it was not given."""
+        return self.kwargs.get(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.kwargs[name] = value
+
+
+@functools.cache
+def _parameters(model: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(model.forward).parameters)[1:]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The joint sequence of an attention: where text and image lie, what of the image is given."""
+
+    text: Segment
+    image: Segment
+    condition: Segment | None
+    valid: tuple[int, ...] | None  # tokens a batch element, where padding ends the sequence
+
+    @property
+    def tokens(self) -> int:
+        return self.text.length + self.image.length
+
+
+class Call:
+    """What prepare() of a family found in the inputs of the call at hand.
+
+    text_lengths: valid text tokens of each batch element, where they differ. condition: how many tokens at
+    the end of the image stream are given and not drawn (pictures to edit).
+    """
+
+    def __init__(self, engine: Engine, text_first: bool):
+        self.engine, self.text_first = engine, text_first
+        self.text_lengths: tuple[int, ...] | None = None
+        self.condition = 0
+        self._read: list[tuple[Tensor, Callable, Any]] = []
+
+    def begin(self) -> None:
+        """Forgets the call before."""
+        self.text_lengths, self.condition = None, 0
+
+    def key(self) -> Hashable:
+        """All of it that the layers' work depends on."""
+        return self.text_lengths, self.condition
+
+    def read(self, tensor: Tensor, function: Callable[[Tensor], T]) -> T:
+        """function(tensor), which may read it on the host: once a tensor, as pipelines pass the same one at
+        every step."""
+        for known, of, result in self._read:
+            if known is tensor and of is function:
+                return result
+        result = function(tensor)
+        self._read = [*self._read[1 - _REMEMBERED :], (tensor, function, result)]
+        return result
+
+    def trim_text(
+        self, inputs: Inputs, mask: str, texts: tuple[str, ...], *, drop_mask: bool = False
+    ) -> None:
+        """Cuts the padding off the inputs `texts` [B, T, ..] and `mask` [B, T]; notes lengths that differ.
+
+        drop_mask: without padding left, the model takes no mask.
+        """
+        given = inputs[mask]
+        if given is None:
+            return
+        lengths = self.read(given, valid_lengths)
+        longest = max(1, *lengths)
+        padded = any(length != longest for length in lengths)
+        for name in texts:
+            inputs[name] = inputs[name][:, :longest]
+        inputs[mask] = None if drop_mask and not padded else given[:, :longest]
+        self.text_lengths = lengths if padded else None
+
+    def lay_out(self, text: int, image: int) -> Joint:
+        """The joint sequence of `text` and `image` tokens."""
+        condition = None
+        if self.condition and self.engine.config.protect_conditions:
+            if self.condition > image:
+                raise ValueError(
+                    f"condition: expected at most the {image} image tokens, got {self.condition}"
+                )
+            end = image if not self.text_first else text + image
+            condition = Segment("condition", end - self.condition, self.condition)
+        valid = None
+        if self.text_lengths is not None:
+            if self.text_first:
+                raise NotImplementedError("text: expected as many tokens in every element, got padding")
+            valid = tuple(image + length for length in self.text_lengths)
+        if self.text_first:
+            return Joint(Segment("text", 0, text), Segment("image", text, image), condition, valid)
+        return Joint(Segment("text", image, text), Segment("image", 0, image), condition, valid)
+
+
+def valid_lengths(mask: Tensor) -> tuple[int, ...]:
+    """Valid tokens of each row of a mask [B, T]. ValueError unless they come first."""
+    valid = mask.bool().cpu()
+    lengths = valid.sum(1)
+    ends = valid.flip(1).int().argmax(1)
+    last = (mask.shape[1] - ends) * valid.any(1)
+    if not bool((last == lengths).all()):
+        raise ValueError(
+            "attention mask: expected valid tokens first and padding after them, got padding in between; "
+            "call the model inside `with flashomni.disabled(...)`"
+        )
+    return tuple(int(length) for length in lengths)

@@ -1,0 +1,76 @@
+"""What every model family has to pass, through diffusers' own pipelines with tiny random models.
+
+A test of a family brings `run(pipe, steps)`, which draws with fixed noise and embeddings and returns latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import flashomni
+from flashomni import Config
+from flashomni.policies import RandomPolicy
+
+# Dense against dense in float32: another order of summation in a few layers, fed back through the steps.
+ROUNDING = 2e-5
+
+Run = Callable[..., torch.Tensor]
+
+
+def config(**changes) -> Config:
+    settings = {"cache_interval": 3, "disable_cache_before_step": 2, "block_q": 64, "block_kv": 64}
+    return Config(**(settings | changes))
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Modulation and projections scaled up, for attention to matter in a random model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("norm1", "norm.linear", "img_mod", "txt_mod")) and (
+                name.endswith("weight") and parameter.ndim == 2
+            ):
+                parameter.mul_(8)
+            elif any(part in name for part in ("to_v", "add_v", "to_out", "to_add_out", "proj_out")):
+                parameter.mul_(3)
+            elif ".norm_q" in name or ".norm_k" in name or "norm_added" in name:
+                parameter.copy_(1.5 + 0.5 * torch.rand_like(parameter))
+    return model.eval()
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative, in the 2-norm."""
+    assert got.shape == want.shape
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def check_nothing_reused_is_dense(pipe, run: Run, *, steps: int = 6) -> None:
+    """All symbols one, by policy and by thresholds of 0, give diffusers' own latents; disable() all of it."""
+    want = run(pipe, steps)
+    for settings in ({"policy": "dense"}, {"tau_q": 0.0, "tau_kv": 0.0}):
+        flashomni.enable(pipe, config(strict=True, **settings))
+        assert error(run(pipe, steps), want) < ROUNDING
+        stats = flashomni.stats(pipe)
+        assert stats.steps == {"full": 3, "update": 1, "dispatch": 2} and stats.density == 1.0
+        flashomni.disable(pipe)
+    assert torch.equal(run(pipe, steps), want)
+
+
+def check_sparse_runs(pipe, run: Run, *, steps: int = 8, **settings) -> flashomni.stats:
+    """Random symbols change the latents, a little, and the same way again; returns the statistics."""
+    want = run(pipe, steps)
+    flashomni.enable(pipe, config(**settings), policy=RandomPolicy(0.6, 0.6))
+    first = run(pipe, steps)
+    assert first.isfinite().all() and 1e-4 < error(first, want) < 0.5
+    assert torch.equal(run(pipe, steps), first)
+    stats = flashomni.stats(pipe)
+    assert stats.steps["dispatch"] > 0 and stats.density < 1 and not stats.notes
+    flashomni.disable(pipe)
+    return stats
