@@ -219,10 +219,11 @@ def quality_command(
     typer.echo(f"table: {path}")
 
 
-def _finish_bench(rows: list[dict], json_file: Path | None) -> None:
+def _finish_bench(rows: list[dict], json_file: Path | None, tables=None) -> None:
     from flashomni.bench import harness
 
-    console().print(harness.rows_table(rows))
+    for table in [harness.rows_table(rows)] if tables is None else tables(rows):
+        console().print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(harness.record(rows), indent=1) + "\n", encoding="utf-8")
@@ -236,7 +237,7 @@ Block = Annotated[int, typer.Option(help="Tokens a block, 64 or 128.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed rounds; the median is reported.")]
 
 
-def _suite(run, json_file: Path | None, threads: int, **options) -> None:
+def _suite(run, json_file: Path | None, threads: int, tables=None, **options) -> None:
     """Runs a suite of benchmarks; what the operators refuse is a wrong argument."""
     need_native()
     set_threads(threads)
@@ -244,7 +245,7 @@ def _suite(run, json_file: Path | None, threads: int, **options) -> None:
         rows = run(**options)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise fail(error, 2) from None
-    _finish_bench(rows, json_file)
+    _finish_bench(rows, json_file, tables)
 
 
 @bench_app.command("attention")
@@ -309,23 +310,78 @@ def bench_select(
 
 @bench_app.command("e2e")
 def bench_e2e(
-    steps: Annotated[int, typer.Option(min=2, help="Denoising steps a picture.")] = 20,
-    rounds: Annotated[int, typer.Option(min=1, help="Pictures an arm.")] = 1,
+    model: Annotated[
+        str, typer.Option(help="tiny-flux, flux-dev, flux-kontext, hunyuanvideo, wan-14b or qwen-image.")
+    ] = "tiny-flux",
+    resolution: Annotated[
+        str, typer.Option(help="WIDTHxHEIGHT, videos WIDTHxHEIGHTxFRAMES; empty: the model's own.")
+    ] = "",
+    steps: Annotated[int, typer.Option(min=0, help="Denoising steps; 0: 20, or the model's own.")] = 0,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Mean uncomputed share over a run; may be repeated.")
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Computed share in Dispatch steps; may be repeated.")
+    ] = None,
+    tiles: Annotated[float, typer.Option(help="Share of active tiles there; 0: as sparse both ways.")] = 0.0,
+    chosen: Annotated[bool, typer.Option(help="Also what the configuration's policy chooses.")] = True,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="compiled, eager or graphs; may be repeated; all by default.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="Pictures or rounds an arm; 0: 1, or 2 on a GPU.")] = 0,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Run all steps instead of a few of each kind.")
+    ] = False,
     config: Changes = None,
-    dtype: DTypeName = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda; empty: cuda where there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="Empty: float32 on a CPU, bfloat16 on a GPU.")] = "",
     threads: Threads = 0,
     json_file: JsonFile = None,
+    tiny: Annotated[bool, typer.Option("--tiny", hidden=True)] = False,
 ) -> None:
-    """tiny_flux end to end: a picture and its steps by kind, arms taking turns."""
-    kind = torch_dtype(dtype)
-    from flashomni import demo
-    from flashomni.bench import e2e
+    """A whole model: runs and their steps by kind, dense and sparse in one run.
 
+    tiny-flux draws pictures. The others are full-size transformers with random weights, on a GPU.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise fail(f"--device: expected cpu or cuda, got {device!r}", 2)
+    kind = torch_dtype(dtype or ("bfloat16" if device == "cuda" else "float32"))
+    from flashomni import demo
+    from flashomni.bench import e2e, e2e_model, models
+
+    full_size = model != "tiny-flux"
     try:
-        chosen = demo.parse_config(config or [], demo.SETTINGS)
+        base = models.model_of(model).settings if full_size else demo.SETTINGS
+        shared = {
+            "config": demo.parse_config(config or [], base),
+            "device": device,
+            "dtype": kind,
+            "rounds": rounds or (2 if device == "cuda" else 1),
+        }
     except (ValueError, TypeError) as error:
         raise fail(error, 2) from None
-    _suite(e2e.run, json_file, threads, steps=steps, config=chosen, dtype=kind, rounds=rounds)
+    if not full_size:
+        _suite(e2e.run, json_file, threads, **shared, steps=steps or 20)
+        return
+    if device == "cpu" and not tiny:
+        raise fail(f"--device: expected cuda for a model of the size of {model}, got cpu", 2)
+    shape = {"model": model, "resolution": resolution, "steps": steps, "tiny": tiny}
+    asked = {"sparsity": sparsity or (() if density else e2e_model.SPARSITY), "density": density or ()}
+    how = {"tiles": tiles or None, "chosen": chosen, "arms": arm or e2e_model.ARMS, "whole": whole}
+    _suite(
+        e2e_model.run,
+        json_file,
+        threads,
+        tables=e2e_model.tables,
+        say=typer.echo,
+        **shared,
+        **shape,
+        **asked,
+        **how,
+    )
 
 
 def main() -> None:

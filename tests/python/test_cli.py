@@ -132,7 +132,27 @@ def test_bench_e2e_has_a_row_a_kind_of_step(tmp_path, monkeypatch):
         (arm, what)
         for arm in ("dense", "flashomni")
         for what in ("picture", "full step", "update step", "dispatch step")
-    }
+    } | {("torch", "picture")}
+    assert all(r["baseline"]["name"] == "torch" for r in rows)
+
+
+def test_bench_e2e_refuses_what_it_cannot_run():
+    result = invoke("bench", "e2e", "--model", "flux-schnell")
+    assert result.exit_code == 2 and "model: expected one of flux-dev" in result.output
+    if not torch.cuda.is_available():
+        result = invoke("bench", "e2e", "--model", "flux-dev")
+        assert result.exit_code == 2 and "expected cuda" in result.output
+    tiny = ("bench", "e2e", "--model", "flux-dev", "--tiny", "--device", "cpu")
+    for option, value, message in (
+        ("--resolution", "1024", "resolution: expected WIDTHxHEIGHT"),
+        ("--resolution", "100x96", "resolution: expected sides that are multiples of 16"),
+        ("--resolution", "96x96x5", "resolution: expected WIDTHxHEIGHT for a model of pictures"),
+        ("--sparsity", "0.9", "sparsity: expected from 0 to less than 0.64"),
+        ("--density", "1.5", "density: expected more than 0"),
+        ("--arm", "fast", "arms: expected names among compiled, eager, graphs"),
+    ):
+        result = invoke(*tiny, option, value)
+        assert result.exit_code == 2 and message in result.output, result.output
 
 
 def test_bench_refuses_a_dtype_and_a_head_size():

@@ -85,3 +85,23 @@ def kernels_us(call: Callable[[], object], calls: int = 20) -> dict[str, float]:
             name = re.match(r"(?:void )?([\w:]|\(anonymous namespace\))+", event.name)[0]
             found[name.split("::")[-1]] += event.device_time / calls
     return dict(found)
+
+
+def busy_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of one call in which the GPU is at work on anything."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)  # a range that a name was given to
+    )
+    busy, end = 0.0, float("-inf")
+    for begun, ended in spans:
+        busy += max(0.0, ended - max(begun, end))
+        end = max(end, ended)
+    return busy / 1e3

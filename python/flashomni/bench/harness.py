@@ -61,6 +61,12 @@ def record(rows: Sequence[dict]) -> dict:
     return {"date": date, "machine": doctor.machine(), "benchmarks": list(rows)}
 
 
+def short(error: BaseException) -> str:
+    """Kind and first line, for what was not measured."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
 def rows_table(rows: Sequence[dict]):
     """The rows as a rich table. What all cases have in common stands in the title."""
     from rich import box
