@@ -18,6 +18,7 @@ struct GemmODispatchArguments;
 struct BlockMeanArguments;
 struct SelectArguments;
 struct NormRopeArguments;
+struct NormRopeMeanArguments;
 struct TaylorUpdateArguments;
 struct TaylorForecastArguments;
 
@@ -48,6 +49,7 @@ struct Backend {
   size_t (*select_flashomni_workspace)(const SelectArguments&, const Context&);
   void (*select_flashomni)(const SelectArguments&, const Context&);
   void (*norm_rope)(const NormRopeArguments&, const Context&);
+  void (*norm_rope_mean)(const NormRopeMeanArguments&, const Context&);
   void (*taylor_update)(const TaylorUpdateArguments&, const Context&);
   void (*taylor_forecast)(const TaylorForecastArguments&, const Context&);
 };

@@ -14,7 +14,7 @@
 namespace flashomni {
 
 /// Counts up whenever PluginTable, Context or an operator's arguments change.
-inline constexpr uint32_t kPluginAbi = 2;
+inline constexpr uint32_t kPluginAbi = 3;
 
 /// Why a plugin refused. No exception and no object that owns memory crosses into or out of a plugin.
 struct PluginStatus {
@@ -51,6 +51,7 @@ struct PluginTable {
   Workspace<SelectArguments> select_flashomni_workspace;
   Operator<SelectArguments> select_flashomni;
   Operator<NormRopeArguments> norm_rope;
+  Operator<NormRopeMeanArguments> norm_rope_mean;
   Operator<TaylorUpdateArguments> taylor_update;
   Operator<TaylorForecastArguments> taylor_forecast;
 };

@@ -9,8 +9,12 @@ namespace flashomni {
 
 /// out[b, i, h] = mean of x[b, t, h] over the tokens t of block i. x [B, N, H, D] any float type, out float32
 /// [B, ceil(N / block), H, D].
+///
+/// similarity, float32 [B, ceil(N / block), H] or absent: how alike the tokens of each block are, from the
+/// same read: the mean cosine over all pairs of them (SpargeAttn, arXiv 2502.18137), which is |sum of unit
+/// vectors|^2 / n^2. A token of zeros has no direction and counts as a cosine of 0.
 struct BlockMeanArguments {
-  TensorView x, out;
+  TensorView x, out, similarity;
   int32_t block = 128;
 };
 FLASHOMNI_API void block_mean(const BlockMeanArguments& arguments, const Context& context);
@@ -25,9 +29,10 @@ FLASHOMNI_API void block_mean(const BlockMeanArguments& arguments, const Context
 /// the vision blocks with the smallest mean share of C and G are cached while their cumulative share <=
 /// tau_q; in each vision row the KV blocks with the smallest softmax mass are skipped while their cumulative
 /// mass <= tau_kv. Text rows and text columns are never cached nor skipped, a row keeps at least one block.
-/// Without text (text_length 0) nothing is cached. A tau of 1 takes all that may be taken. Where the share of
-/// active tiles of a batch element is <= s_q, all of its S_c bits become 0. Non-finite scores count as the
-/// lowest: the symbols are always valid.
+/// A KV block whose k_similarity is not above self_similarity is never skipped either: its mean does not
+/// stand for its tokens. Without text (text_length 0) nothing is cached. A tau of 1 takes all that may be
+/// taken. Where the share of active tiles of a batch element is <= s_q, all of its S_c bits become 0.
+/// Non-finite scores count as the lowest: the symbols are always valid.
 struct SelectArguments {
   TensorView q_mean;   ///< float32 [B, q_blocks, H, D]
   TensorView k_mean;   ///< float32 [B, kv_blocks, Hkv, D]
@@ -40,6 +45,8 @@ struct SelectArguments {
   float scale = 0;              ///< 0 means 1 / sqrt(D)
   TensorView ramp;              ///< optional float32 [1], on the device: scales both taus, within [0, 1], so
                                 ///<   that a graph that was captured once can follow it
+  TensorView k_similarity;      ///< optional float32 [B, kv_blocks, Hkv], as block_mean gives it
+  float self_similarity = 0;    ///< in [0, 1]; of no effect without k_similarity
 };
 FLASHOMNI_API size_t select_flashomni_workspace(const SelectArguments& arguments, const Context& context);
 FLASHOMNI_API void select_flashomni(const SelectArguments& arguments, const Context& context);
@@ -56,5 +63,15 @@ struct NormRopeArguments {
   int32_t block_q = 128;
 };
 FLASHOMNI_API void norm_rope(const NormRopeArguments& arguments, const Context& context);
+
+/// norm_rope on all of `rows.x` (rows.cache absent), and block_mean of what it leaves there, on a GPU in one
+/// read. Blocks are counted from the first row of x: mean [B, ceil(N / block), H, D], similarity [B, ceil(N /
+/// block), H] or absent.
+struct NormRopeMeanArguments {
+  NormRopeArguments rows;
+  TensorView mean, similarity;
+  int32_t block = 128;
+};
+FLASHOMNI_API void norm_rope_mean(const NormRopeMeanArguments& arguments, const Context& context);
 
 }  // namespace flashomni

@@ -21,6 +21,7 @@ _EXPORTS = {
     "block_mean": "flashomni.ops",
     "select_flashomni": "flashomni.ops",
     "norm_rope": "flashomni.ops",
+    "norm_rope_mean": "flashomni.ops",
     "taylor_update": "flashomni.ops",
     "taylor_forecast": "flashomni.ops",
     "packbits": "flashomni.ops",

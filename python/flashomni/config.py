@@ -19,6 +19,8 @@ class Config:
     max_order: D, order of the forecast between Updates; 0 reuses as is. At most 3.
     tau_q: share of vision query blocks' importance that may be cached (arXiv 2509.25401, section 3), 0 to 1.
     tau_kv: softmax mass of a row's key blocks that may be skipped, 0 to 1.
+    self_similarity: blocks of keys whose tokens have a mean cosine of at most this are never skipped, 0 to 1
+        (SpargeAttn, arXiv 2502.18137; the paper's HunyuanVideo has 0.1); 0 switches that off.
     s_q: where a layer's share of active tiles falls to s_q, the whole layer is reused; 0 switches that off.
     disable_cache_before_step: warm-up steps that stay dense.
     cooldown_steps: last steps that stay dense.
@@ -37,6 +39,7 @@ class Config:
     max_order: int = 1
     tau_q: float = 0.5
     tau_kv: float = 0.05
+    self_similarity: float = 0.0
     s_q: float = 0.0
     disable_cache_before_step: int = 8
     cooldown_steps: int = 1
@@ -58,7 +61,7 @@ class Config:
             _check_integer(name, getattr(self, name), "an integer >= 0", lambda n: n >= 0)
         for name in ("block_q", "block_kv"):
             _check_integer(name, getattr(self, name), f"one of {BLOCKS}", lambda n: n in BLOCKS)
-        for name in ("tau_q", "tau_kv", "s_q"):
+        for name in ("tau_q", "tau_kv", "self_similarity", "s_q"):
             _check_number(name, getattr(self, name), "a number from 0 to 1", lambda x: 0 <= x <= 1)
         _check_number("ramp_power", self.ramp_power, "a finite number >= 0", lambda x: x >= 0)
         if not isinstance(self.policy, str) or not self.policy:

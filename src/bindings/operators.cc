@@ -110,9 +110,9 @@ int64_t gemm_o_dispatch(Tensor o, Tensor weight, Tensor cached, OptionalTensor c
 }
 
 int64_t select_flashomni(Tensor q_mean, Tensor k_mean, Tensor cache, Tensor skip, OptionalTensor ramp,
-                         int64_t tokens, int64_t text_start, int64_t text_length, double tau_q, double tau_kv,
-                         double s_q, double scale, int64_t block_q, int64_t block_kv,
-                         OptionalTensor workspace, int64_t threads) {
+                         OptionalTensor k_similarity, int64_t tokens, int64_t text_start, int64_t text_length,
+                         double tau_q, double tau_kv, double s_q, double scale, double self_similarity,
+                         int64_t block_q, int64_t block_kv, OptionalTensor workspace, int64_t threads) {
   return guarded([&] {
     SelectArguments arguments;
     arguments.q_mean = view(q_mean, "q_mean");
@@ -129,6 +129,8 @@ int64_t select_flashomni(Tensor q_mean, Tensor k_mean, Tensor cache, Tensor skip
     arguments.tau_kv = static_cast<float>(tau_kv);
     arguments.s_q = static_cast<float>(s_q);
     arguments.scale = static_cast<float>(scale);
+    arguments.k_similarity = view(k_similarity, "k_similarity");
+    arguments.self_similarity = static_cast<float>(self_similarity);
     return run_within(arguments, make_context(q_mean, threads), workspace, &select_flashomni_workspace,
                       &flashomni::select_flashomni);
   });
@@ -140,11 +142,13 @@ size_t no_workspace(const Arguments&, const Context&) {
   return 0;
 }
 
-int64_t block_mean(Tensor x, Tensor out, int64_t block, OptionalTensor workspace, int64_t threads) {
+int64_t block_mean(Tensor x, Tensor out, OptionalTensor similarity, int64_t block, OptionalTensor workspace,
+                   int64_t threads) {
   return guarded([&] {
     BlockMeanArguments arguments;
     arguments.x = view(x, "x");
     arguments.out = view(out, "out");
+    arguments.similarity = view(similarity, "similarity");
     arguments.block = narrow(block, "block");
     return run_within(arguments, make_context(x, threads), workspace, &no_workspace<BlockMeanArguments>,
                       &flashomni::block_mean);
@@ -167,6 +171,26 @@ int64_t norm_rope(Tensor x, OptionalTensor weight, OptionalTensor cos, OptionalT
     arguments.block_q = narrow(block_q, "symbols.block_q");
     return run_within(arguments, make_context(x, threads), workspace, &no_workspace<NormRopeArguments>,
                       &flashomni::norm_rope);
+  });
+}
+
+int64_t norm_rope_mean(Tensor x, OptionalTensor weight, OptionalTensor cos, OptionalTensor sin, Tensor mean,
+                       OptionalTensor similarity, double eps, int64_t row_offset, int64_t tokens,
+                       int64_t block, OptionalTensor workspace, int64_t threads) {
+  return guarded([&] {
+    NormRopeMeanArguments arguments;
+    arguments.rows.x = view(x, "x");
+    arguments.rows.weight = view(weight, "weight");
+    arguments.rows.cos = view(cos, "cos");
+    arguments.rows.sin = view(sin, "sin");
+    arguments.rows.eps = static_cast<float>(eps);
+    arguments.rows.row_offset = row_offset;
+    arguments.rows.tokens = tokens;
+    arguments.mean = view(mean, "mean");
+    arguments.similarity = view(similarity, "similarity");
+    arguments.block = narrow(block, "block");
+    return run_within(arguments, make_context(x, threads), workspace, &no_workspace<NormRopeMeanArguments>,
+                      &flashomni::norm_rope_mean);
   });
 }
 
@@ -208,6 +232,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_o_dispatch, gemm_o_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(select_flashomni, select_flashomni);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(block_mean, block_mean);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope, norm_rope);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope_mean, norm_rope_mean);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(taylor_update, taylor_update);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(taylor_forecast, taylor_forecast);
 

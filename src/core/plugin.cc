@@ -24,9 +24,10 @@ namespace {
 template <class... Structs>
 inline constexpr bool kPlain =
     ((std::is_standard_layout_v<Structs> && std::is_trivially_copyable_v<Structs>) && ...);
-static_assert(kPlain<PluginTable, PluginStatus, Context, AttentionArguments, GemmQArguments,
-                     GemmOUpdateArguments, GemmODispatchArguments, BlockMeanArguments, SelectArguments,
-                     NormRopeArguments, TaylorUpdateArguments, TaylorForecastArguments>);
+static_assert(
+    kPlain<PluginTable, PluginStatus, Context, AttentionArguments, GemmQArguments, GemmOUpdateArguments,
+           GemmODispatchArguments, BlockMeanArguments, SelectArguments, NormRopeArguments,
+           NormRopeMeanArguments, TaylorUpdateArguments, TaylorForecastArguments>);
 
 constexpr int kMaxDevices = 64;
 
@@ -198,6 +199,7 @@ struct Row {
   FLASHOMNI_PLUGIN_OPERATOR_WITH_WORKSPACE(select_flashomni, SelectArguments)
   FLASHOMNI_PLUGIN_OPERATOR(block_mean, BlockMeanArguments)
   FLASHOMNI_PLUGIN_OPERATOR(norm_rope, NormRopeArguments)
+  FLASHOMNI_PLUGIN_OPERATOR(norm_rope_mean, NormRopeMeanArguments)
   FLASHOMNI_PLUGIN_OPERATOR(taylor_update, TaylorUpdateArguments)
   FLASHOMNI_PLUGIN_OPERATOR(taylor_forecast, TaylorForecastArguments)
 #undef FLASHOMNI_PLUGIN_OPERATOR_WITH_WORKSPACE
@@ -220,6 +222,7 @@ struct Row {
         .select_flashomni_workspace = select_flashomni_workspace,
         .select_flashomni = select_flashomni,
         .norm_rope = norm_rope,
+        .norm_rope_mean = norm_rope_mean,
         .taylor_update = taylor_update,
         .taylor_forecast = taylor_forecast,
     };

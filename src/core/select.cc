@@ -56,36 +56,31 @@ const Backend& check_all(const SelectArguments& a, const Context& context) {
     check::disjoint(a.symbols.cache, "symbols.cache", a.ramp, "ramp");
     check::disjoint(a.symbols.skip, "symbols.skip", a.ramp, "ramp");
   }
+  if (a.k_similarity.present()) {
+    check::tensor(a.k_similarity, "k_similarity", DType::kFloat32, device,
+                  {batch, geometry.kv_blocks(), kv_heads});
+    check::disjoint(a.symbols.cache, "symbols.cache", a.k_similarity, "k_similarity");
+    check::disjoint(a.symbols.skip, "symbols.skip", a.k_similarity, "k_similarity");
+  }
+  check::fraction(a.self_similarity, "self_similarity");
   check::threads(context);
   return backend_for(device);
 }
 
-}  // namespace
-
-void block_mean(const BlockMeanArguments& a, const Context& context) {
-  check::float_tensor(a.x, "x");
-  check::tensor(a.x, "x", a.x.dtype, a.x.device, {check::kAny, check::kAny, check::kAny, check::kAny});
-  check::head_dim(a.x.size(3), "x");
-  check::block_size(a.block, "block");
-  check::output(a.out, "out", DType::kFloat32, a.x.device,
-                {a.x.size(0), ceil_div(a.x.size(1), a.block), a.x.size(2), a.x.size(3)});
-  check::disjoint(a.out, "out", a.x, "x");
-  check::threads(context);
-  const Backend& backend = backend_for(a.x.device);
-  if (a.out.numel() > 0) backend.block_mean(a, context);
+/// What is measured of the blocks of x.
+void check_measures(const TensorView& x, int32_t block, const TensorView& mean, const char* mean_name,
+                    const TensorView& similarity) {
+  check::block_size(block, "block");
+  const int64_t blocks = ceil_div(x.size(1), block);
+  check::output(mean, mean_name, DType::kFloat32, x.device, {x.size(0), blocks, x.size(2), x.size(3)});
+  check::disjoint(mean, mean_name, x, "x");
+  if (!similarity.present()) return;
+  check::output(similarity, "similarity", DType::kFloat32, x.device, {x.size(0), blocks, x.size(2)});
+  check::disjoint(similarity, "similarity", x, "x");
+  check::disjoint(similarity, "similarity", mean, mean_name);
 }
 
-size_t select_flashomni_workspace(const SelectArguments& arguments, const Context& context) {
-  return check_all(arguments, context).select_flashomni_workspace(arguments, context);
-}
-
-void select_flashomni(const SelectArguments& arguments, const Context& context) {
-  const Backend& backend = check_all(arguments, context);
-  check::workspace(context, backend.select_flashomni_workspace(arguments, context));
-  if (arguments.q_mean.size(0) > 0) backend.select_flashomni(arguments, context);
-}
-
-void norm_rope(const NormRopeArguments& a, const Context& context) {
+void check_norm_rope(const NormRopeArguments& a) {
   check::float_tensor(a.x, "x");
   const Device device = a.x.device;
   check::output(a.x, "x", a.x.dtype, device, {check::kAny, check::kAny, check::kAny, check::kAny});
@@ -114,9 +109,52 @@ void norm_rope(const NormRopeArguments& a, const Context& context) {
   check::disjoint(a.x, "x", a.cos, "cos");
   check::disjoint(a.x, "x", a.sin, "sin");
   check::disjoint(a.x, "x", a.cache, "symbols.cache");
+}
+
+}  // namespace
+
+void block_mean(const BlockMeanArguments& a, const Context& context) {
+  check::float_tensor(a.x, "x");
+  check::tensor(a.x, "x", a.x.dtype, a.x.device, {check::kAny, check::kAny, check::kAny, check::kAny});
+  check::head_dim(a.x.size(3), "x");
+  check_measures(a.x, a.block, a.out, "out", a.similarity);
   check::threads(context);
-  const Backend& backend = backend_for(device);
+  const Backend& backend = backend_for(a.x.device);
+  if (a.out.numel() > 0) backend.block_mean(a, context);
+}
+
+size_t select_flashomni_workspace(const SelectArguments& arguments, const Context& context) {
+  return check_all(arguments, context).select_flashomni_workspace(arguments, context);
+}
+
+void select_flashomni(const SelectArguments& arguments, const Context& context) {
+  const Backend& backend = check_all(arguments, context);
+  check::workspace(context, backend.select_flashomni_workspace(arguments, context));
+  if (arguments.q_mean.size(0) > 0) backend.select_flashomni(arguments, context);
+}
+
+void norm_rope(const NormRopeArguments& a, const Context& context) {
+  check_norm_rope(a);
+  check::threads(context);
+  const Backend& backend = backend_for(a.x.device);
   if (a.x.numel() > 0) backend.norm_rope(a, context);
+}
+
+void norm_rope_mean(const NormRopeMeanArguments& a, const Context& context) {
+  const NormRopeArguments& rows = a.rows;
+  if (rows.cache.present()) {
+    fail(ErrorKind::kValue, "symbols.cache", "nothing: means are of all rows", describe(rows.cache));
+  }
+  check_norm_rope(rows);
+  check_measures(rows.x, a.block, a.mean, "mean", a.similarity);
+  for (const TensorView* read : {&rows.weight, &rows.cos, &rows.sin}) {
+    const char* name = read == &rows.weight ? "weight" : read == &rows.cos ? "cos" : "sin";
+    check::disjoint(a.mean, "mean", *read, name);
+    check::disjoint(a.similarity, "similarity", *read, name);
+  }
+  check::threads(context);
+  const Backend& backend = backend_for(rows.x.device);
+  if (rows.x.numel() > 0) backend.norm_rope_mean(a, context);
 }
 
 }  // namespace flashomni

@@ -32,6 +32,15 @@ void select(const SelectArguments& arguments, const Context& context) {
   cpu::select(arguments, context.workspace, threads_of(context));
 }
 
+/// Rows go through the caches twice, which is no more than they cost: the CPU computes longer than it reads.
+void norm_then_mean(const NormRopeMeanArguments& arguments, const Context& context) {
+  BlockMeanArguments mean;
+  mean.x = arguments.rows.x, mean.out = arguments.mean, mean.similarity = arguments.similarity;
+  mean.block = arguments.block;
+  cpu::kernels().norm_rope(arguments.rows, threads_of(context));
+  cpu::kernels().block_mean(mean, threads_of(context));
+}
+
 bool serves(Device device, std::string* reason) {
   const bool served = device.type == DeviceType::kCPU;
   if (reason != nullptr) {
@@ -60,6 +69,7 @@ const Backend& cpu_backend() {
       .select_flashomni_workspace = select_workspace,
       .select_flashomni = select,
       .norm_rope = run<&KernelTable::norm_rope, NormRopeArguments>,
+      .norm_rope_mean = norm_then_mean,
       .taylor_update = run<&KernelTable::taylor_update, TaylorUpdateArguments>,
       .taylor_forecast = run<&KernelTable::taylor_forecast, TaylorForecastArguments>,
   };

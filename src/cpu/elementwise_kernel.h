@@ -15,6 +15,13 @@ namespace {
 
 constexpr int64_t kRun = 256;  // elements converted at a time, on the stack
 
+/// 1 / |row|; 0 where it has no direction.
+inline float inverse_length(const float* row, int64_t dim) {
+  float squares = 0;
+  for (int64_t d = 0; d < dim; ++d) squares += row[d] * row[d];
+  return squares > 0 ? 1.0f / __builtin_sqrtf(squares) : 0.0f;
+}
+
 template <class T>
 inline void block_mean_as(const BlockMeanArguments& a, int threads) {
   const int64_t batch = a.x.shape[0], tokens = a.x.shape[1], heads = a.x.shape[2], dim = a.x.shape[3];
@@ -23,18 +30,28 @@ inline void block_mean_as(const BlockMeanArguments& a, int threads) {
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = i * a.block, count = at_most(a.block, tokens - first);
-      float sum[kRun], row[kRun];  // head_dim is at most 256
+      float sum[kRun], units[kRun], row[kRun];  // head_dim is at most 256
       for (int64_t h = 0; h < heads; ++h) {
         std::memset(sum, 0, sizeof sum);
+        std::memset(units, 0, sizeof units);
         const T* x = static_cast<const T*>(a.x.data) + b * a.x.strides[0] + first * a.x.strides[1] +
                      h * a.x.strides[2];
         for (int64_t t = 0; t < count; ++t) {
           to_floats(x + t * a.x.strides[1], row, dim);
           for (int64_t d = 0; d < dim; ++d) sum[d] += row[d];
+          if (a.similarity.ndim < 0) continue;
+          const float inverse = inverse_length(row, dim);
+          for (int64_t d = 0; d < dim; ++d) units[d] += row[d] * inverse;
         }
         float* out = static_cast<float*>(a.out.data) + b * a.out.strides[0] + i * a.out.strides[1] +
                      h * a.out.strides[2];
         for (int64_t d = 0; d < dim; ++d) out[d] = sum[d] / static_cast<float>(count);
+        if (a.similarity.ndim < 0) continue;
+        float squares = 0;
+        for (int64_t d = 0; d < dim; ++d) squares += units[d] * units[d];
+        static_cast<float*>(a.similarity.data)[b * a.similarity.strides[0] + i * a.similarity.strides[1] +
+                                               h * a.similarity.strides[2]] =
+            squares / static_cast<float>(count * count);
       }
     }
   }

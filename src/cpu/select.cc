@@ -85,6 +85,14 @@ void sort_by(const float* weight, int32_t* order, int64_t n) {
   });
 }
 
+int64_t last_heaviest(const float* weight, int64_t n) {
+  int64_t at = 0;
+  for (int64_t i = 1; i < n; ++i) {
+    if (weight[i] >= weight[at]) at = i;
+  }
+  return at;
+}
+
 void score(const SelectArguments& a, const Shape& s, int64_t b, int64_t h, float* scores) {
   const float scale = a.scale != 0.0f ? a.scale : 1.0f / std::sqrt(static_cast<float>(s.dim));
   const float* q = a.q_mean.as<const float>() + b * a.q_mean.strides[0] + h * a.q_mean.strides[2];
@@ -153,6 +161,14 @@ void choose_cached(const SelectArguments& a, const Shape& s, const Buffers& m, i
   }
 }
 
+/// Whether KV block j's mean does not stand for its tokens. What is no number is not above the threshold.
+bool is_guarded(const SelectArguments& a, const Shape& s, int64_t b, int64_t h, int64_t j) {
+  if (!a.k_similarity.present()) return false;
+  const auto& strides = a.k_similarity.strides;
+  const float* x = a.k_similarity.as<const float>();
+  return !(x[b * strides[0] + j * strides[1] + h / s.group * strides[2]] > a.self_similarity);
+}
+
 void choose_skipped(const SelectArguments& a, const Shape& s, const Buffers& m, int64_t b, int64_t h) {
   for (int64_t i = 0; i < s.q_blocks; ++i) {
     const int64_t tile = (b * s.q_blocks + i) * s.heads + h;
@@ -161,13 +177,15 @@ void choose_skipped(const SelectArguments& a, const Shape& s, const Buffers& m, 
     if (!m.active[tile] || s.text_q(i) || a.tau_kv <= 0) continue;
     float* row = m.scores + i * s.kv_blocks;
     if (!softmax(row, s.kv_blocks)) continue;  // nothing finite to go by: keep the row
+    // Without text columns the heaviest block stays whatever tau_kv says.
+    const bool text = s.text_kv_end > s.text_kv_begin;
+    const int64_t heaviest = text ? -1 : last_heaviest(row, s.kv_blocks);
     int64_t n = 0;
     for (int64_t j = 0; j < s.kv_blocks; ++j) {
-      if (!s.text_kv(j)) m.order[n++] = static_cast<int32_t>(j);
+      if (!s.text_kv(j) && j != heaviest && !is_guarded(a, s, b, h, j))
+        m.order[n++] = static_cast<int32_t>(j);
     }
     sort_by(row, m.order, n);
-    // Without text columns the heaviest block stays whatever tau_kv says.
-    if (s.text_kv_end == s.text_kv_begin) --n;
     double mass = 0;
     for (int64_t j = 0; j < n; ++j) {
       mass += row[m.order[j]];

@@ -398,9 +398,9 @@ TEST_F(GemmChecks, OutputDispatch) {
 
 TEST(SelectChecks, BlockMean) {
   using A = BlockMeanArguments;
-  Array x(kHalf, {2, 200, 3, 64}), out(kSingle, {2, 2, 3, 64});
+  Array x(kHalf, {2, 200, 3, 64}), out(kSingle, {2, 2, 3, 64}), similarity(kSingle, {2, 2, 3});
   A a;
-  a.x = x, a.out = out;
+  a.x = x, a.out = out, a.similarity = similarity;
   std::vector<Fault<A>> faults = {
       {"x", T, [](A& v) { v.x = {}; }},           {"x", T, [](A& v) { v.x.dtype = DType::kInt32; }},
       {"x", V, [](A& v) { v.x.ndim = 3; }},       {"x", V, [](A& v) { v.x.shape[3] = 512; }},
@@ -409,6 +409,9 @@ TEST(SelectChecks, BlockMean) {
   };
   add_tensor_faults<A>(&faults, "out", [](A& v) -> TensorView& { return v.out; }, true);
   add_device_fault<A>(&faults, "out", [](A& v) -> TensorView& { return v.out; });
+  faults.push_back({"similarity", V, [](A& v) { v.similarity.data = v.out.data; }});
+  add_tensor_faults<A>(&faults, "similarity", [](A& v) -> TensorView& { return v.similarity; }, false);
+  add_device_fault<A>(&faults, "similarity", [](A& v) -> TensorView& { return v.similarity; });
   expect_faults<A>(a, faults, [](const A& v) { block_mean(v, Context{}); });
   Context context;
   context.threads = -2;
@@ -425,6 +428,8 @@ TEST(SelectChecks, Selection) {
         k_mean = Array::random(kSingle, {2, 11, 2, 64}, random);
   A a;
   a.q_mean = q_mean, a.k_mean = k_mean, a.symbols = masks.symbols(), a.tokens = 700, a.text_length = 77;
+  Array similarity = Array::random(kSingle, {2, 11, 2}, random);
+  a.k_similarity = similarity;
   std::vector<Fault<A>> faults = {
       {"q_mean", V, [](A& v) { v.tokens = 900; }},
       {"k_mean", V, [](A& v) { v.k_mean.shape[1] = 10; }},
@@ -437,6 +442,8 @@ TEST(SelectChecks, Selection) {
       {"tau_q", V, [](A& v) { v.tau_q = std::numeric_limits<float>::quiet_NaN(); }},
       {"tau_kv", V, [](A& v) { v.tau_kv = -0.1f; }},
       {"s_q", V, [](A& v) { v.s_q = 2; }},
+      {"self_similarity", V, [](A& v) { v.self_similarity = -1; }},
+      {"k_similarity", V, [](A& v) { v.k_similarity.shape[2] = 4; }},
       {"scale", V, [](A& v) { v.scale = std::numeric_limits<float>::quiet_NaN(); }},
       {"block_q", V, [](A& v) { v.symbols.block_q = 7; }},
       {"block_kv", V, [](A& v) { v.symbols.block_q = 64, v.symbols.block_kv = 128; }},
@@ -501,6 +508,34 @@ TEST(SelectChecks, NormRope) {
     add_device_fault<A>(&faults, tensor.first, tensor.second);
   }
   expect_faults<A>(a, faults, [](const A& v) { norm_rope(v, Context{}); });
+}
+
+TEST(SelectChecks, NormRopeMean) {
+  using A = NormRopeMeanArguments;
+  Array x(kHalf, {2, 200, 3, 64}), weight(kHalf, {64}), table(kSingle, {300, 64}),
+      bits(DType::kUInt8, {2, 2});
+  Array mean(kSingle, {2, 4, 3, 64}), similarity(kSingle, {2, 4, 3});
+  A a;
+  a.rows.x = x, a.rows.weight = weight, a.rows.cos = a.rows.sin = table;
+  a.rows.tokens = 300, a.rows.row_offset = 77, a.block = 64, a.mean = mean, a.similarity = similarity;
+  std::vector<Fault<A>> faults = {
+      {"x", T, [](A& v) { v.rows.x = {}; }},
+      {"row_offset", V, [](A& v) { v.rows.row_offset = 101; }},
+      {"eps", V, [](A& v) { v.rows.eps = -1; }},
+      {"block", V, [](A& v) { v.block = 100; }},
+      {"mean", V, [](A& v) { v.block = 128; }},
+      {"mean", V, [](A& v) { v.mean.data = v.rows.x.data; }},
+      {"mean", V, [](A& v) { v.mean.data = v.rows.cos.data; }},
+      {"similarity", V, [](A& v) { v.similarity.data = v.rows.sin.data; }},
+      {"symbols.cache", V, [&](A& v) { v.rows.cache = bits; }},
+  };
+  const auto mean_of = [](A& v) -> TensorView& { return v.mean; };
+  const auto similarity_of = [](A& v) -> TensorView& { return v.similarity; };
+  add_tensor_faults<A>(&faults, "mean", mean_of, true);
+  add_device_fault<A>(&faults, "mean", mean_of);
+  add_tensor_faults<A>(&faults, "similarity", similarity_of, false);
+  add_device_fault<A>(&faults, "similarity", similarity_of);
+  expect_faults<A>(a, faults, [](const A& v) { norm_rope_mean(v, Context{}); });
 }
 
 TEST(ForecastChecks, Update) {

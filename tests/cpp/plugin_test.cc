@@ -230,6 +230,9 @@ TEST_F(PluginZLoadedTest, AMissingOperatorIsNamedWithItsBackend) {
   norm.sin = gpu_.view(DType::kFloat32, {100, 64});
   norm.tokens = 100;
   missing("norm_rope", [&] { norm_rope(norm, context); });
+  NormRopeMeanArguments both;
+  both.rows = norm, both.mean = mean.out;
+  missing("norm_rope_mean", [&] { norm_rope_mean(both, context); });
   TaylorUpdateArguments taylor;
   taylor.feature = update.out;
   taylor.derivatives[0] = update.cached[0];

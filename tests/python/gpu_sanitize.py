@@ -11,6 +11,7 @@ from flashomni import (
     SparseSymbols,
     block_mean,
     norm_rope,
+    norm_rope_mean,
     select_flashomni,
     sparse_attention,
     taylor_forecast,
@@ -77,8 +78,13 @@ def symbols() -> int:
             q, k = torch.randn(2, 2, tokens, 4, dim, device="cuda", dtype=torch.bfloat16)
             norm_rope(q, torch.ones(dim, device="cuda", dtype=torch.bfloat16), None, None)
             chosen = SparseSymbols.zeros(2, 4, tokens, tokens, *block, "cuda")
-            means = block_mean(q, block[0]), block_mean(k[:, :, :2], block[1])
+            similarity = torch.empty(2, -(-tokens // block[1]), 2, device="cuda")
+            means = block_mean(q, block[0]), block_mean(k[:, :, :2], block[1], similarity)
+            again = torch.empty_like(means[0])
+            norm_rope_mean(q, torch.ones(dim, device="cuda").to(q.dtype), None, None, again, block=block[0])
+            assert torch.allclose(again, block_mean(q, block[0]), atol=1e-5)
             taus = {"tau_q": 0.5, "tau_kv": 0.2, "s_q": 0.1}
+            taus |= {"k_similarity": similarity, "self_similarity": 0.01}
             select_flashomni(*means, chosen, text_start=0, text_length=text, **taus)
             cache, skip = chosen.masks()
             assert skip[cache].any(-1).all()

@@ -196,6 +196,18 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     return torch.stack([part.double().mean(0) for part in x.split(block, 0)])
 
 
+def self_similarity(x: Tensor, block: int) -> Tensor:
+    """x [N, H, D] -> [blocks, H]: mean cosine over all pairs of a block's tokens, each with itself too."""
+
+    def of(part: Tensor) -> Tensor:  # [n, D]
+        length = part.norm(dim=-1, keepdim=True)
+        unit = torch.where(length > 0, part / length, 0.0)
+        return (unit @ unit.T).mean()
+
+    parts = [part.double() for part in x.split(block, 0)]
+    return torch.stack([torch.stack([of(part[:, h]) for h in range(x.shape[1])]) for part in parts])
+
+
 def norm_rope(
     x: Tensor,
     weight: Tensor | None,
@@ -282,8 +294,9 @@ def select_flashomni(
     block: Blocks,
     scale: float | None = None,
     slack: float = 1e-5,
+    guarded: Tensor | None = None,
 ) -> tuple[Choice, Choice]:
-    """Without s_q. q_mean [nq, D], k_mean [nkv, D] of one head.
+    """Without s_q. q_mean [nq, D], k_mean [nkv, D] of one head. guarded: bool [nkv], blocks never skipped.
 
     Returns (cached [nq], skipped [nq, nkv]); rows that are cached have their skipped entries as if they were
     not.
@@ -310,7 +323,7 @@ def select_flashomni(
     skipped = torch.zeros(scores.shape, dtype=torch.bool)
     sure = torch.ones_like(skipped)
     for i in torch.nonzero(~text_q).flatten().tolist():
-        candidates = ~text_kv
+        candidates = ~text_kv if guarded is None else ~text_kv & ~guarded
         if not text_kv.any():
             # A row keeps at least one block: its heaviest.
             heaviest = int(rows[i].argmax())

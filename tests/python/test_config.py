@@ -38,6 +38,7 @@ def test_an_unknown_preset_lists_the_known() -> None:
         ("tau_kv", -0.1, ValueError),
         ("tau_kv", "0.1", TypeError),
         ("s_q", 2, ValueError),
+        ("self_similarity", -0.1, ValueError),
         ("disable_cache_before_step", -1, ValueError),
         ("cooldown_steps", -1, ValueError),
         ("ramp_power", float("inf"), ValueError),

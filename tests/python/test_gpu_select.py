@@ -15,7 +15,7 @@ import reference
 import torch
 from inputs import BLOCKS, HEAD_DIMS, token_mask
 
-from flashomni import SparseSymbols, block_mean, norm_rope, select_flashomni
+from flashomni import SparseSymbols, block_mean, norm_rope, norm_rope_mean, select_flashomni
 
 pytestmark = pytest.mark.gpu
 
@@ -64,7 +64,9 @@ def check_valid(symbols: SparseSymbols, tokens: int, text: tuple[int, int], bloc
     assert skip[cache].any(-1).all() and not skip[~cache].any()
 
 
-def check_against_reference(symbols, q_mean, k_mean, tokens, text, tau_q, tau_kv, block) -> None:
+def check_against_reference(
+    symbols, q_mean, k_mean, tokens, text, tau_q, tau_kv, block, k_similarity=None, self_similarity=0.0
+) -> None:
     cache, skip = (mask.cpu() for mask in symbols.masks())
     group = q_mean.shape[2] // k_mean.shape[2]
     for b in range(symbols.batch):
@@ -72,6 +74,9 @@ def check_against_reference(symbols, q_mean, k_mean, tokens, text, tau_q, tau_kv
             cached, skipped = reference.select_flashomni(
                 *(q_mean[b, :, h].cpu(), k_mean[b, :, h // group].cpu(), tokens, *text, tau_q, tau_kv),
                 reference.Blocks(*block),
+                guarded=None
+                if k_similarity is None
+                else ~(k_similarity[b, :, h // group] > self_similarity).cpu(),
             )
             rows = cache[b, h]
             assert torch.equal(~rows[cached.sure], cached.chosen[cached.sure])
@@ -89,7 +94,12 @@ def random_case(seed: int) -> dict:
     start = min(rng.choice([0, 0, 100]), tokens - length)
     q_blocks, kv_blocks = (reference.blocks(tokens, n) for n in block)
     spread, padding = rng.choice([0.3, 1.5, 4.0]), rng.choice([0, 8, 3])
-    return {
+    guard = {}
+    if rng.random() < 0.4:
+        similarity = torch.rand(batch, kv_blocks, kv_heads)
+        similarity[torch.rand(similarity.shape) < 0.05] = NAN
+        guard = {"k_similarity": similarity.cuda(), "self_similarity": rng.choice([0.0, 0.1, 0.6])}
+    return guard | {
         "q_mean": on_gpu(spread * torch.randn(batch, q_blocks, kv_heads * group, dim), padding),
         "k_mean": on_gpu(torch.randn(batch, kv_blocks, kv_heads, dim), padding),
         "tokens": tokens,
@@ -117,7 +127,7 @@ def test_the_cpu_chooses_the_same() -> None:
     for seed in range(PROBLEMS):
         case = random_case(seed)
         gpu = select(**case)
-        cpu = select(**(case | {name: case[name].cpu() for name in ("q_mean", "k_mean")}))
+        cpu = select(**(case | {name: t.cpu() for name, t in case.items() if isinstance(t, torch.Tensor)}))
         for a, b in ((gpu.cache, cpu.cache), (gpu.skip, cpu.skip)):
             changed = a.cpu() ^ b
             differ += int(sum(((changed >> bit) & 1).sum() for bit in range(8)))
@@ -232,6 +242,50 @@ def test_block_mean(dtype: torch.dtype, dim: int, padding: int) -> None:
         got = block_mean(on_gpu(x, padding), block)
         expected = torch.stack([reference.block_mean(x[b], block) for b in range(2)])
         reference.assert_close(got.cpu(), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("padding", [0, 8, 3])
+def test_self_similarity(dtype: torch.dtype, dim: int, padding: int) -> None:
+    torch.manual_seed(dim)
+    for tokens, block in ((1, 64), (64, 64), (65, 64), (700, 128), (333, 128)):
+        x = (torch.randn(2, tokens, 5, dim) + 0.4 * torch.randn(2, 1, 5, dim)).to(dtype)
+        x[:, ::7, 2] = 0
+        similarity = torch.full((2, reference.blocks(tokens, block), 5), NAN, device="cuda")
+        mean = block_mean(on_gpu(x, padding), block, similarity)
+        for got, of in ((mean, reference.block_mean), (similarity, reference.self_similarity)):
+            expected = torch.stack([of(x[b], block) for b in range(2)])
+            reference.assert_close(got.cpu(), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("parts", ["norm", "rope", "both", "none"])
+@pytest.mark.parametrize("padding", [0, 8, 3])
+@pytest.mark.parametrize("similar", [False, True])
+def test_norm_rope_mean(dtype: torch.dtype, dim: int, parts: str, padding: int, similar: bool) -> None:
+    """Rows are to the bit those of norm_rope; means and similarities are of them, held to float64."""
+    torch.manual_seed(dim)
+    for tokens, block, heads in ((1, 64, 1), (130, 64, 11), (333, 128, 4), (512, 128, 6)):
+        x = torch.randn(2, tokens, heads, dim).to(dtype)
+        weight = torch.randn(dim).to(dtype).cuda() if parts in ("norm", "both") else None
+        angles = 6.3 * torch.rand(77 + tokens, dim, device="cuda")
+        cos, sin = (angles.cos(), angles.sin()) if parts in ("rope", "both") else (None, None)
+        wanted = on_gpu(x, padding)
+        if parts != "none":
+            norm_rope(wanted, weight, cos, sin, row_offset=77)
+        blocks = reference.blocks(tokens, block)
+        mean = torch.full((2, blocks + 1, heads, dim), NAN, device="cuda")[:, 1:]
+        similarity = torch.full((2, blocks, heads), NAN, device="cuda") if similar else None
+        got = on_gpu(x, padding)
+        norm_rope_mean(got, weight, cos, sin, mean, similarity, block=block, row_offset=77)
+        assert torch.equal(got, wanted)
+        pairs = [(mean, reference.block_mean)]
+        pairs += [(similarity, reference.self_similarity)] if similar else []
+        for measured, of in pairs:
+            expected = torch.stack([of(wanted[b].cpu(), block) for b in range(2)])
+            reference.assert_close(measured.cpu(), expected, torch.float32)
 
 
 def test_a_nan_stays_in_its_block() -> None:

@@ -82,6 +82,16 @@ def norm_rope_arguments() -> dict[str, Any]:
     }
 
 
+def norm_rope_mean_arguments() -> dict[str, Any]:
+    arguments = norm_rope_arguments()
+    del arguments["symbols"]
+    return arguments | {
+        "mean": poison(1, 3, HEADS, DIM, dtype=torch.float32),
+        "similarity": poison(1, 3, HEADS, dtype=torch.float32),
+        "block": 64,
+    }
+
+
 def taylor_update_arguments() -> dict[str, Any]:
     return {
         "feature": torch.randn(3, 40),
@@ -110,6 +120,7 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
     "gemm_o_dispatch": gemm_o_dispatch_arguments,
     "select_flashomni": select_arguments,
     "norm_rope": norm_rope_arguments,
+    "norm_rope_mean": norm_rope_mean_arguments,
     "taylor_update": taylor_update_arguments,
     "taylor_forecast": taylor_forecast_arguments,
     "block_mean": block_mean_arguments,
@@ -118,7 +129,7 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def written(arguments: dict[str, Any]) -> list[torch.Tensor]:
     """Copies of everything an operator might write."""
-    tensors = [arguments.get("out"), arguments.get("lse"), arguments.get("x")]
+    tensors = [arguments.get(name) for name in ("out", "lse", "x", "mean", "similarity")]
     tensors += [*arguments.get("cached", ()), *arguments.get("derivatives", ())]
     symbols = arguments.get("symbols")
     if isinstance(symbols, SparseSymbols):
@@ -251,6 +262,15 @@ BAD = [
     ("taylor_update", {"valid": 2}, ValueError, "^valid: expected 0 to 1, got 2"),
     ("taylor_forecast", {"coefficients": ones(1)}, ValueError, "^coefficients: "),
     ("taylor_forecast", {"out": ones(3, 39)}, ValueError, "^out: |^derivatives"),
+    ("norm_rope_mean", {"mean": ones(1, 2, HEADS, DIM)}, ValueError, "^mean: "),
+    ("norm_rope_mean", {"mean": None}, TypeError, "^mean: "),
+    ("norm_rope_mean", {"similarity": ones(1, 3, HEADS).half()}, TypeError, "^similarity: "),
+    ("norm_rope_mean", {"block": 32}, ValueError, "^block: "),
+    ("norm_rope_mean", {"sin": ones(TOKENS - 1, DIM)}, ValueError, "^sin: "),
+    ("norm_rope_mean", {"row_offset": 51}, ValueError, "200"),
+    ("select_flashomni", {"k_similarity": ones(1, 3, HEADS)}, ValueError, "^k_similarity: "),
+    ("select_flashomni", {"self_similarity": 1.5}, ValueError, "^self_similarity: "),
+    ("block_mean", {"similarity": ones(1, 3, HEADS)}, ValueError, "^similarity: "),
     ("block_mean", {"x": ones(TOKENS, HEADS, DIM)}, ValueError, "^x: "),
     ("block_mean", {"x": ones(1, TOKENS, HEADS, DIM).int()}, TypeError, "^x: "),
     ("block_mean", {"block": 100}, ValueError, "^block: "),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import BLOCKS, DTYPES, HEAD_DIMS, random, random_symbols, strided, token_mask
 
-from flashomni import SparseSymbols, block_mean, norm_rope, select_flashomni
+from flashomni import SparseSymbols, block_mean, norm_rope, norm_rope_mean, select_flashomni
 
 
 @given(
@@ -28,7 +28,37 @@ def test_block_mean(seed, batch, tokens, heads, head_dim, block, dtype, view) ->
     reference.assert_close(got, expected, torch.float32)
 
 
-def select(q_mean, k_mean, tokens, text, tau_q, tau_kv, block, s_q=0.0) -> SparseSymbols:
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(1, 300),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    block=st.sampled_from([64, 128]),
+    dtype=st.sampled_from(DTYPES),
+    alike=st.sampled_from([0.0, 0.3, 3.0]),
+)
+def test_self_similarity(seed, tokens, head_dim, block, dtype, alike) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = random(generator, 2, tokens, 3, head_dim) + alike * random(generator, 2, 1, 3, head_dim)
+    x[:, torch.rand(tokens, generator=generator) < 0.1] = 0  # tokens without a direction
+    x = strided(x.to(dtype))
+    got = torch.full((2, reference.blocks(tokens, block), 3), float("nan"))
+    mean = block_mean(x, block, got)
+    assert torch.equal(mean, block_mean(x, block))
+    expected = torch.stack([reference.self_similarity(x[b], block) for b in range(2)])
+    reference.assert_close(got, expected, torch.float32)
+    assert got.min() >= 0 and got.max() <= 1 + 1e-5
+
+
+def test_tokens_that_are_no_numbers_are_like_none() -> None:
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(1, 256, 1, 64)
+        x[0, 130, 0, 3] = bad
+        similarity = torch.zeros(1, 2, 1)
+        block_mean(x, 128, similarity)
+        assert float(similarity[0, 0, 0]) == pytest.approx(1) and not float(similarity[0, 1, 0]) > 0
+
+
+def select(q_mean, k_mean, tokens, text, tau_q, tau_kv, block, s_q=0.0, **guard) -> SparseSymbols:
     batch, _, heads, _ = q_mean.shape
     symbols = SparseSymbols.zeros(batch, heads, tokens, tokens, *block)
     symbols.cache.fill_(0xA5)
@@ -40,6 +70,7 @@ def select(q_mean, k_mean, tokens, text, tau_q, tau_kv, block, s_q=0.0) -> Spars
         tau_q=tau_q,
         tau_kv=tau_kv,
         s_q=s_q,
+        **guard,
     )
 
 
@@ -93,6 +124,60 @@ def test_selection(seed, batch, tokens, heads, block, text, tau_q, tau_kv, head_
             total += cached.sure.numel() + sure.numel()
     if 0 < tau_q < 1 and 0 < tau_kv < 1:
         assert unsure <= 2 + total // 20
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(1, 2500),
+    heads=st.sampled_from([(1, 1), (4, 2)]),
+    block=st.sampled_from(BLOCKS),
+    text=st.sampled_from([0, 77, 512]),
+    tau_kv=st.sampled_from([0.15, 0.5, 1.0]),
+    threshold=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+)
+def test_blocks_of_unlike_keys_are_never_skipped(seed, tokens, heads, block, text, tau_kv, threshold) -> None:
+    text = min(text, tokens)
+    q_mean, k_mean = means(seed, 2, tokens, heads, block)
+    similarity = torch.rand(2, k_mean.shape[1], heads[1], generator=torch.Generator().manual_seed(seed))
+    similarity[0, 0, 0] = float("nan")
+    case = (q_mean, k_mean, tokens, (0, text), 0.0, tau_kv, block)
+    symbols = select(*case, k_similarity=similarity, self_similarity=threshold)
+    _, skip = symbols.masks()
+    for b in range(2):
+        for h in range(heads[0]):
+            guarded = ~(similarity[b, :, h * heads[1] // heads[0]] > threshold)
+            assert skip[b, h][:, guarded].all()
+            _, skipped = reference.select_flashomni(
+                *(q_mean[b, :, h], k_mean[b, :, h * heads[1] // heads[0]], tokens, 0, text, 0.0, tau_kv),
+                *(reference.Blocks(*block),),
+                guarded=guarded,
+            )
+            assert torch.equal(~skip[b, h][skipped.sure], skipped.chosen[skipped.sure])
+    if threshold == 1.0:
+        assert symbols.density() == 1
+
+
+def test_equal_scores_are_chosen_by_index() -> None:
+    """Ten image blocks with a tenth of all shares each: five are cached; of eleven columns three go."""
+    q_mean, k_mean = torch.ones(1, 11, 1, 64), torch.ones(1, 11, 1, 64)
+    symbols = select(q_mean, k_mean, 11 * 128, (0, 128), 0.55, 0.3, (128, 128))
+    cache, skip = symbols.masks()
+    assert cache[0, 0].tolist() == [True] + [False] * 5 + [True] * 5
+    assert skip[0, 0, 6:].tolist() == [[True] + [False] * 3 + [True] * 7] * 5
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("tokens,text", [(1, 0), (64, 64), (65, 1), (64_000, 512), (64_000, 0)])
+def test_one_block_and_a_thousand(tau: float, tokens: int, text: int) -> None:
+    q_mean, k_mean = means(4, 1, tokens, (1, 1), (64, 64))
+    cache, skip = select(q_mean, k_mean, tokens, (0, text), tau, tau, (64, 64)).masks()
+    text_blocks = reference.blocks(text, 64) if text else 0
+    assert cache[..., :text_blocks].all() and skip[cache].any(-1).all() and not skip[~cache].any()
+    if tau == 0:
+        assert cache.all() and skip.all()
+    elif tau == 1:
+        assert bool(cache[..., text_blocks:].any()) == (text == 0)
+        assert int(skip[0, 0, -1].sum()) == (0 if text else 1) or tokens < 100
 
 
 def test_tau_zero_computes_everything() -> None:
@@ -230,3 +315,30 @@ def test_norm_is_torchs() -> None:
     x, weight = torch.randn(2, 40, 3, 64), torch.randn(64)
     expected = torch.nn.functional.rms_norm(x, (64,), weight, 1e-5)
     torch.testing.assert_close(norm_rope(x.clone(), weight, None, None, eps=1e-5), expected)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(1, 300),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    dtype=st.sampled_from(DTYPES),
+    block=st.sampled_from([64, 128]),
+    parts=st.sampled_from(["norm", "rope", "both", "none"]),
+    similar=st.booleans(),
+)
+def test_norm_rope_mean_is_its_parts(seed, tokens, head_dim, dtype, block, parts, similar) -> None:
+    """Both parts are held to float64 by tests of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    x = random(generator, 2, tokens, 3, head_dim, dtype=dtype)
+    weight = random(generator, head_dim, dtype=dtype) if parts in ("norm", "both") else None
+    angles = random(generator, 40 + tokens, head_dim)
+    cos, sin = (angles.cos(), angles.sin()) if parts in ("rope", "both") else (None, None)
+    shape = (2, reference.blocks(tokens, block), 3)
+    similarity = [torch.full(shape, float("nan")) if similar else None for _ in range(2)]
+    wanted = norm_rope(x.clone(), weight, cos, sin, row_offset=40) if parts != "none" else x.clone()
+    wanted_mean = block_mean(wanted, block, similarity[0])
+    got, mean = strided(x), torch.full((*shape, head_dim), float("nan"))
+    assert norm_rope_mean(got, weight, cos, sin, mean, similarity[1], block=block, row_offset=40) is got
+    assert torch.equal(got, wanted) and torch.equal(mean, wanted_mean)
+    if similar:
+        assert torch.equal(*similarity)

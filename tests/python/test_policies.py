@@ -81,7 +81,7 @@ def test_the_paper_s_policy_scales_its_thresholds_with_the_ramp(monkeypatch):
     seen = {}
     monkeypatch.setattr(ops, "select_flashomni", lambda *args, **kwargs: seen.update(kwargs))
     FlashOmniPolicy(0.5, 0.2, 0.3).select(step(ramp=0.25), layout(), Stats(), {}, choice(layout()))
-    text = {"text_start": 0, "text_length": 77}
+    text = {"text_start": 0, "text_length": 77, "k_similarity": None, "self_similarity": 0.0}
     assert seen == text | {"tau_q": 0.125, "tau_kv": 0.05, "s_q": 0.3, "ramp": None}
     ramp = torch.tensor([0.25])  # where a GPU reads it: the thresholds go as they are
     there = dataclasses.replace(step(ramp=0.25), ramp_on_device=ramp)

@@ -40,6 +40,20 @@ def select_arms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -
         "selection": lambda: ops.select_flashomni(q_mean, k_mean, symbols, **options),
         "means and selection": make_symbols(q, k, block),
     }
+    rows, weight = (q.clone(), k.clone()), torch.ones_like(q[0, 0, 0])
+    cos = sin = torch.ones(tokens, q.shape[-1], device=q.device)
+    means = [torch.empty_like(q_mean) for _ in rows]
+
+    def apart() -> None:
+        for x in rows:
+            ops.norm_rope(x, weight, cos, sin)
+            ops.block_mean(x, block)
+
+    def together() -> None:
+        for x, mean in zip(rows, means, strict=True):
+            ops.norm_rope_mean(x, weight, cos, sin, mean, block=block)
+
+    arms |= {"norm, RoPE, then means of q and k": apart, "norm, RoPE and means in one read": together}
     if q.is_cuda:
         nothing = SparseSymbols.zeros(1, heads, tokens, tokens, block, block, q.device)
         out, make = torch.zeros_like(q), make_symbols(q, k, block)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flashomni import ops
 from flashomni.engine.linear import apply_linear, norm_across_heads, norm_and_rope, why_not_plain
+from flashomni.engine.measure import Measures
 from flashomni.engine.state import LayerState, new_zeros
 from flashomni.policies import Choice, Layout, Segment, Stats, Step
 
@@ -117,9 +118,11 @@ class LayerRun:
 
     def _update(self) -> list[Tensor]:
         engine, state = self.engine, self.state
-        q, k = self._attend(None)
+        q, k, _ = self._qkv()
+        measures = Measures(engine.policy.needs, q, k, state.symbols)
+        self._attend(None, measures)
         with engine.ledger("select"):
-            self._select(q, k)
+            self._select(measures.stats())
         derivatives = self._record(keep=True)
         orders = 1 if state.reuse_all else len(derivatives)
         engine.journal.now(partial(state.note_updated, engine, orders))
@@ -155,11 +158,15 @@ class LayerRun:
                 for i, output in enumerate(self.a.outputs)
             ]
 
-    def _attend(self, symbols) -> tuple[Tensor, Tensor]:
-        """Projections, norm, RoPE and attention into o; q and k after RoPE, [B, S, H, D]."""
+    def _qkv(self) -> list[Tensor]:
+        """Scratch for q, k and v, each [B, S, H, D]."""
+        return [self.engine.buffers.take(name, tuple(self.o4.shape), self.a.o) for name in "qkv"]
+
+    def _attend(self, symbols, measures: Measures | None = None) -> None:
+        """Projections, norm, RoPE and attention into o; `measures` looks at q and k on the way."""
         engine, a = self.engine, self.a
         keys = self.state.asleep.keys if symbols is not None and self.state.asleep is not None else None
-        q, k, v = (engine.buffers.take(name, tuple(self.o4.shape), a.o) for name in "qkv")
+        q, k, v = self._qkv()
         for stream in a.streams:
             rows = slice(stream.start, stream.start + stream.x.shape[1])
             tiles = self.state.rows if stream.across_heads and symbols is not None else symbols
@@ -174,6 +181,9 @@ class LayerRun:
                     norm_across_heads(norm_q, q[:, rows])
                     norm_across_heads(norm_k, k[:, rows])
                     norm_q = norm_k = None
+                if measures is not None:
+                    measures.norm_and_rope((norm_q, norm_k), stream.start, stream.x.shape[1], a.rope)
+                    continue
                 norm_and_rope(norm_q, q[:, rows], a.rope, symbols, row_offset=stream.start)
                 norm_and_rope(norm_k, k[:, rows], a.rope, row_offset=stream.start)
         with engine.ledger("attention"):
@@ -181,7 +191,6 @@ class LayerRun:
                 ops.sparse_attention(q, k, v, symbols, out=self.o4)
             else:
                 self._attend_to_valid(q, k, v, symbols)
-        return q, k
 
     def _attend_to_valid(self, q: Tensor, k: Tensor, v: Tensor, symbols) -> None:
         """Attention where batch elements end at different keys: one after the other."""
@@ -195,13 +204,8 @@ class LayerRun:
             lengths = (valid - starts).clamp(0, block)
             ops.sparse_attention(q[one], k[one], v[one], symbols.element(i), out=out, kv_block_len=lengths)
 
-    def _select(self, q: Tensor, k: Tensor) -> None:
+    def _select(self, stats: Stats) -> None:
         engine, state, a = self.engine, self.state, self.a
-        needs, stats = engine.policy.needs, Stats()
-        if "q_mean" in needs:
-            stats.q_mean = ops.block_mean(q, state.symbols.block_q)
-        if "k_mean" in needs:
-            stats.k_mean = ops.block_mean(k, state.symbols.block_kv)
         tokens = a.o.shape[1]
         layout = Layout(
             batch=a.o.shape[0],
@@ -212,7 +216,7 @@ class LayerRun:
             block_q=state.symbols.block_q,
             block_kv=state.symbols.block_kv,
         )
-        ramp = engine.scalars.row(engine, q.device)[-1:] if q.is_cuda else None
+        ramp = engine.scalars.row(engine, a.o.device)[-1:] if a.o.is_cuda else None
         step = Step(
             engine.index, engine.count, engine.plan.ramp, engine.context, a.layer, engine.layers, ramp
         )

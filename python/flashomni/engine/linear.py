@@ -80,6 +80,18 @@ def norm_across_heads(module: nn.Module | None, x: Tensor) -> None:
         x.copy_(module(x.flatten(2)).unflatten(2, x.shape[2:]))
 
 
+def norm_weight(module: nn.Module | None, x: Tensor) -> tuple[Tensor | None, float]:
+    """Weight and eps of a norm that norm_rope can do; (None, 1e-6) without one.
+
+    Other modules are called on x, in place."""
+    if module is None:
+        return None, 1e-6
+    if why_no_norm(module, x.dtype) is not None:
+        x.copy_(module(x))
+        return None, 1e-6
+    return module.weight, module.eps if module.eps is not None else torch.finfo(x.dtype).eps
+
+
 def norm_and_rope(
     module: nn.Module | None,
     x: Tensor,
@@ -91,12 +103,7 @@ def norm_and_rope(
     """x = rope(norm(x)) in place on active tiles. x [B, M, H, D]; rope (cos, sin), float32 [tokens, D], or a
     function of x and its first row."""
     cos, sin = rope if isinstance(rope, tuple) else (None, None)
-    weight, eps = None, 1e-6
-    if module is not None and why_no_norm(module, x.dtype) is None:
-        weight = module.weight
-        eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
-    elif module is not None:
-        x.copy_(module(x))
+    weight, eps = norm_weight(module, x)
     if weight is not None or cos is not None:
         ops.norm_rope(x, weight, cos, sin, eps=eps, symbols=symbols, row_offset=row_offset)
     if callable(rope):

@@ -10,7 +10,7 @@ from flashomni.ops.attention import sparse_attention
 from flashomni.ops.bits import packbits, segment_packbits
 from flashomni.ops.forecast import taylor_forecast, taylor_update
 from flashomni.ops.gemm import gemm_o_dispatch, gemm_o_update, gemm_q
-from flashomni.ops.select import block_mean, norm_rope, select_flashomni
+from flashomni.ops.select import block_mean, norm_rope, norm_rope_mean, select_flashomni
 
 __all__ = [
     "block_mean",
@@ -18,6 +18,7 @@ __all__ = [
     "gemm_o_update",
     "gemm_q",
     "norm_rope",
+    "norm_rope_mean",
     "packbits",
     "segment_packbits",
     "select_flashomni",

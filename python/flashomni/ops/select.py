@@ -31,11 +31,17 @@ def _call_norm(x: Tensor, *arguments: object) -> None:
     invoke("norm_rope", x, x, *arguments)
 
 
-_mean_operator = define("block_mean(Tensor x, Tensor(a!) out, int block) -> ()", _call_mean, no_result)
+def _call_norm_mean(x: Tensor, *arguments: object) -> None:
+    invoke("norm_rope_mean", x, x, *arguments)
+
+
+_mean_operator = define(
+    "block_mean(Tensor x, Tensor(a!) out, Tensor(b!)? similarity, int block) -> ()", _call_mean, no_result
+)
 _select_operator = define(
     "select_flashomni(Tensor q_mean, Tensor k_mean, Tensor(a!) cache, Tensor(b!) skip, Tensor? ramp, "
-    "int tokens, int text_start, int text_length, float tau_q, float tau_kv, float s_q, float scale, "
-    "int block_q, int block_kv) -> ()",
+    "Tensor? k_similarity, int tokens, int text_start, int text_length, float tau_q, float tau_kv, "
+    "float s_q, float scale, float self_similarity, int block_q, int block_kv) -> ()",
     _call_select,
     no_result,
 )
@@ -45,11 +51,24 @@ _norm_operator = define(
     _call_norm,
     no_result,
 )
+_norm_mean_operator = define(
+    "norm_rope_mean(Tensor(a!) x, Tensor? weight, Tensor? cos, Tensor? sin, Tensor(b!) mean, "
+    "Tensor(c!)? similarity, float eps, int row_offset, int tokens, int block) -> ()",
+    _call_norm_mean,
+    no_result,
+)
 
 
-def block_mean(x: Tensor, block: int) -> Tensor:
-    """Means over blocks of tokens: x [B, N, H, D] of any float type -> float32 [B, ceil(N / block), H, D]."""
-    direct = is_direct(("x",), (x,), 1)
+def block_mean(x: Tensor, block: int, similarity: Tensor | None = None) -> Tensor:
+    """Means over blocks of tokens: x [B, N, H, D] of any float type -> float32 [B, ceil(N / block), H, D].
+
+    similarity: float32 [B, ceil(N / block), H] to write into, from the same read: how alike each block's
+        tokens are, as the mean cosine over all pairs of them (SpargeAttn, arXiv 2502.18137). A token of zeros
+        counts as a cosine of 0.
+
+    Raises ValueError or TypeError that names the argument, RuntimeError for tensors that require grad.
+    """
+    direct = is_direct(("x", "similarity"), (x, similarity), 1)
     expect_dims("x", x, "B, N, H, D")
     expect_integer("block", block)
     if block < 1:
@@ -57,7 +76,7 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     batch, tokens, heads, head_dim = x.shape
     shape = (batch, -(-tokens // block), heads, head_dim)
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
-    (_call_mean if direct else _mean_operator)(x, out, block)
+    (_call_mean if direct else _mean_operator)(x, out, similarity, block)
     return out
 
 
@@ -73,6 +92,8 @@ def select_flashomni(
     s_q: float = 0.0,
     scale: float | None = None,
     ramp: Tensor | None = None,
+    k_similarity: Tensor | None = None,
+    self_similarity: float = 0.0,
 ) -> SparseSymbols:
     """The paper's multi-granularity selection (arXiv 2509.25401, section 3), written into `symbols`.
 
@@ -86,6 +107,8 @@ def select_flashomni(
     scale: 1 / sqrt(D) unless given.
     ramp: float32 [1] on the means' device: scales tau_q and tau_kv, so that a captured CUDA graph can follow
         f(t). None: they are taken as they are.
+    k_similarity: float32 [B, kv_blocks, Hkv], of block_mean: a KV block where it is not above self_similarity
+        is never skipped, as its mean does not stand for its tokens. None: no such guard.
 
     Returns `symbols`. Raises ValueError or TypeError that names the argument, RuntimeError for tensors that
     require grad.
@@ -96,17 +119,18 @@ def select_flashomni(
     if symbols.cache_indptr is not None or symbols.skip_indptr is not None:
         raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")
     expect("symbols.kv_tokens", "as q_tokens", symbols.kv_tokens, symbols.q_tokens)
-    names = ("q_mean", "k_mean", "symbols.cache", "symbols.skip", "ramp")
-    direct = is_direct(names, (q_mean, k_mean, symbols.cache, symbols.skip, ramp), 4)
+    names = ("q_mean", "k_mean", "symbols.cache", "symbols.skip", "ramp", "k_similarity")
+    direct = is_direct(names, (q_mean, k_mean, symbols.cache, symbols.skip, ramp, k_similarity), 4)
     expect_dims("q_mean", q_mean, "B, q_blocks, H, D")
     expect("symbols.batch", "as in q_mean", symbols.batch, q_mean.shape[0])
     expect("symbols.heads", "as in q_mean", symbols.heads, q_mean.shape[2])
     expect_integer("text_start", text_start)
     expect_integer("text_length", text_length)
     (_call_select if direct else _select_operator)(
-        *(q_mean, k_mean, symbols.cache, symbols.skip, ramp),
+        *(q_mean, k_mean, symbols.cache, symbols.skip, ramp, k_similarity),
         *(symbols.q_tokens, text_start, text_length),
-        *(tau_q, tau_kv, s_q, 0.0 if scale is None else scale, symbols.block_q, symbols.block_kv),
+        *(tau_q, tau_kv, s_q, 0.0 if scale is None else scale, self_similarity),
+        *(symbols.block_q, symbols.block_kv),
     )
     return symbols
 
@@ -146,4 +170,38 @@ def norm_rope(
     else:
         tokens = row_offset + x.shape[1] if cos is None else cos.shape[0]
     (_call_norm if direct else _norm_operator)(x, weight, cos, sin, cache, eps, row_offset, tokens, block_q)
+    return x
+
+
+def norm_rope_mean(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mean: Tensor,
+    similarity: Tensor | None = None,
+    *,
+    block: int,
+    eps: float = 1e-6,
+    row_offset: int = 0,
+) -> Tensor:
+    """norm_rope on all of x, then block_mean of the result: on a GPU in one read and one write.
+
+    x, weight, cos, sin, eps, row_offset: as norm_rope takes them. Blocks of `block` tokens are counted from
+        x's first row.
+    mean: float32 [B, ceil(N / block), H, D], similarity: float32 [B, ceil(N / block), H] or None; both
+        written. Means are of x's rounded values, as attention sees them.
+
+    Returns x. Raises ValueError, TypeError or NotImplementedError that names the argument, RuntimeError for
+    tensors that require grad.
+    """
+    names = ("x", "mean", "weight", "cos", "sin", "similarity")
+    direct = is_direct(names, (x, mean, weight, cos, sin, similarity), 2)
+    expect_dims("x", x, "B, N, H, D")
+    expect_integer("row_offset", row_offset)
+    expect_integer("block", block)
+    tokens = row_offset + x.shape[1] if cos is None else cos.shape[0]
+    (_call_norm_mean if direct else _norm_mean_operator)(
+        x, weight, cos, sin, mean, similarity, eps, row_offset, tokens, block
+    )
     return x

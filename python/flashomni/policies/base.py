@@ -64,6 +64,7 @@ class Stats:
 
     q_mean: torch.Tensor | None = None  # float32 [B, q_blocks, H, D]
     k_mean: torch.Tensor | None = None  # float32 [B, kv_blocks, H, D]
+    k_similarity: torch.Tensor | None = None  # float32 [B, kv_blocks, H]: mean cosine of a block's tokens
 
 
 @dataclass(slots=True)

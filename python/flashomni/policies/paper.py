@@ -7,13 +7,19 @@ from flashomni.policies.base import Choice, Layout, Policy, Stats, Step
 
 
 class FlashOmniPolicy(Policy):
-    """FlashOmni (arXiv 2509.25401, section 3). The thresholds grow with the ramp f(t) of the schedule."""
+    """FlashOmni (arXiv 2509.25401, section 3). The thresholds grow with the ramp f(t) of the schedule.
+
+    With a self_similarity above 0, KV blocks whose tokens are no more alike than that are never skipped.
+    """
 
     needs = frozenset({"q_mean", "k_mean"})
     capturable = True
 
-    def __init__(self, tau_q: float, tau_kv: float, s_q: float = 0.0):
+    def __init__(self, tau_q: float, tau_kv: float, s_q: float = 0.0, self_similarity: float = 0.0):
         self.tau_q, self.tau_kv, self.s_q = tau_q, tau_kv, s_q
+        self.self_similarity = self_similarity
+        if self_similarity > 0:
+            self.needs = self.needs | {"k_similarity"}
 
     def select(self, step: Step, layout: Layout, stats: Stats, state: dict, choice: Choice) -> None:
         ramp = step.ramp if step.ramp_on_device is None else 1.0
@@ -27,4 +33,6 @@ class FlashOmniPolicy(Policy):
             tau_kv=self.tau_kv * ramp,
             s_q=self.s_q,
             ramp=step.ramp_on_device,
+            k_similarity=stats.k_similarity,
+            self_similarity=self.self_similarity,
         )

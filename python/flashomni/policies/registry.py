@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import entry_points
 
-from flashomni.policies.base import Policy
+from flashomni.policies.base import Policy, Stats
 from flashomni.policies.paper import FlashOmniPolicy
 from flashomni.policies.static import DensePolicy, RandomPolicy
 
@@ -14,7 +15,9 @@ ENTRY_POINT_GROUP = "flashomni.policies"
 Factory = Callable[..., Policy]
 
 _FACTORIES: dict[str, Factory] = {
-    "flashomni": lambda config: FlashOmniPolicy(config.tau_q, config.tau_kv, config.s_q),
+    "flashomni": lambda config: FlashOmniPolicy(
+        config.tau_q, config.tau_kv, config.s_q, config.self_similarity
+    ),
     "dense": lambda config: DensePolicy(),
     "random": lambda config: RandomPolicy(),
 }
@@ -51,7 +54,8 @@ def check_policy(policy) -> Policy:
     """`policy` itself, if it can serve as one; TypeError or ValueError otherwise."""
     if not callable(getattr(policy, "select", None)):
         raise TypeError(f"policy: expected an object with a select() method, got {type(policy).__name__}")
-    unknown = set(getattr(policy, "needs", ())) - {"q_mean", "k_mean"}
+    known = [field.name for field in fields(Stats)]
+    unknown = set(getattr(policy, "needs", ())) - set(known)
     if unknown:
-        raise ValueError(f"policy.needs: expected names among q_mean, k_mean, got {sorted(unknown)}")
+        raise ValueError(f"policy.needs: expected names among {', '.join(known)}, got {sorted(unknown)}")
     return policy

@@ -59,6 +59,11 @@ __global__ void __launch_bounds__(kThreads) block_mean_kernel(const __grid_const
 }  // namespace
 
 void block_mean(const BlockMeanArguments& a, const Context& context) {
+  if (a.similarity.present()) {  // a row's length is needed before its columns can be added
+    NormRopeMeanArguments same;
+    same.rows.x = a.x, same.mean = a.out, same.similarity = a.similarity, same.block = a.block;
+    return cuda::norm_rope_mean(same, context);
+  }
   MeanProblem p{};
   p.x = a.x.data, p.out = a.out.as<float>();
   for (int i = 0; i < 3; ++i) p.x_strides[i] = a.x.strides[i], p.out_strides[i] = a.out.strides[i];

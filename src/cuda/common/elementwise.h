@@ -8,6 +8,7 @@ namespace flashomni::cuda {
 
 void block_mean(const BlockMeanArguments& arguments, const Context& context);
 void norm_rope(const NormRopeArguments& arguments, const Context& context);
+void norm_rope_mean(const NormRopeMeanArguments& arguments, const Context& context);
 void taylor_update(const TaylorUpdateArguments& arguments, const Context& context);
 void taylor_forecast(const TaylorForecastArguments& arguments, const Context& context);
 

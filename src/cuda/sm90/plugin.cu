@@ -115,6 +115,9 @@ int device_of_attention(const AttentionArguments& arguments) {
 int device_of_means(const SelectArguments& arguments) {
   return arguments.q_mean.device.id;
 }
+int device_of_mean(const NormRopeMeanArguments& arguments) {
+  return arguments.mean.device.id;
+}
 template <class Arguments>
 int device_of_x(const Arguments& arguments) {
   return arguments.x.device.id;
@@ -151,6 +154,7 @@ PluginTable make_table() {
   table.select_flashomni_workspace = workspace<select_workspace, device_of_means, SelectArguments>;
   table.select_flashomni = run<select, device_of_means, SelectArguments>;
   table.norm_rope = run<norm_rope, device_of_x<NormRopeArguments>, NormRopeArguments>;
+  table.norm_rope_mean = run<norm_rope_mean, device_of_mean, NormRopeMeanArguments>;
   table.taylor_update = run<taylor_update, device_of_derivatives<TaylorUpdateArguments>, TaylorUpdateArguments>;
   table.taylor_forecast =
       run<taylor_forecast, device_of_derivatives<TaylorForecastArguments>, TaylorForecastArguments>;

@@ -16,6 +16,9 @@ struct SelectProblem {
   const float *q_mean, *k_mean;
   int64_t q_strides[3], k_strides[3];  // batch, block, head
   const float* ramp;                   // scales both taus; null: 1
+  const float* k_similarity;           // null: no KV block is guarded
+  int64_t similarity_strides[3];       // batch, block, head
+  float self_similarity;               // what it must exceed
   float tau_q, tau_kv, s_q, scale;
   int batch, heads, heads_a_kv_head, dim, q_blocks, kv_blocks;
   int kv_blocks_a_q_block;
@@ -38,6 +41,13 @@ struct SelectProblem {
   __host__ __device__ int kept_bytes() const { return (kv_blocks + 7) / 8 + 1; }
   __device__ bool is_text_q(int i) const { return i >= text_q_begin && i < text_q_end; }
   __device__ bool is_text_kv(int j) const { return j >= text_kv_begin && j < text_kv_end; }
+  /// Whether KV block j's mean does not stand for its tokens. What is no number is not above the threshold.
+  __device__ bool is_guarded(int of_batch, int of_head, int j) const {
+    if (k_similarity == nullptr) return false;
+    const float* of_pair =
+        k_similarity + of_batch * similarity_strides[0] + of_head / heads_a_kv_head * similarity_strides[2];
+    return !(of_pair[j * similarity_strides[1]] > self_similarity);
+  }
   /// A threshold with the ramp applied; whatever the ramp holds, one in [0, 1].
   __device__ float ramped(float tau) const {
     return ramp == nullptr ? tau : fminf(fmaxf(tau * *ramp, 0.0f), 1.0f);

@@ -15,6 +15,11 @@ SelectProblem problem_of(const SelectArguments& a) {
   p.q_mean = a.q_mean.as<const float>(), p.k_mean = a.k_mean.as<const float>();
   for (int i = 0; i < 3; ++i) p.q_strides[i] = a.q_mean.strides[i], p.k_strides[i] = a.k_mean.strides[i];
   if (a.ramp.present()) p.ramp = a.ramp.as<const float>();
+  if (a.k_similarity.present()) {
+    p.k_similarity = a.k_similarity.as<const float>();
+    for (int i = 0; i < 3; ++i) p.similarity_strides[i] = a.k_similarity.strides[i];
+    p.self_similarity = a.self_similarity;
+  }
   p.tau_q = a.tau_q, p.tau_kv = a.tau_kv, p.s_q = a.s_q;
   p.batch = static_cast<int>(a.q_mean.size(0)), p.heads = static_cast<int>(a.q_mean.size(2));
   p.heads_a_kv_head = static_cast<int>(a.q_mean.size(2) / a.k_mean.size(2));

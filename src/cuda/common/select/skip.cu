@@ -144,10 +144,11 @@ struct Prefix {
 constexpr float kNeverChosen = 2;
 
 /// Writes which KV blocks each of the warp's rows keeps. `kept`: where this row's bytes go.
-__device__ void choose(const SelectProblem& p, const Row& row, float tau, bool whole, bool writes, uint8_t* kept) {
+__device__ void choose(const SelectProblem& p, const Row& row, int batch, int head, float tau, bool whole, bool writes,
+                       uint8_t* kept) {
   const int heaviest = p.text_kv() == 0 ? row.heaviest() : -1;  // a row keeps a block
   row.each([&](int j, float) {
-    if (p.is_text_kv(j) || j == heaviest) row.x[j] = kNeverChosen;
+    if (p.is_text_kv(j) || j == heaviest || p.is_guarded(batch, head, j)) row.x[j] = kNeverChosen;
   });
   const Prefix skipped(row, limit_of(tau));
   const int shift = threadIdx.x % 32 / kLanesARow * kLanesARow;
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) skip_kernel(const __grid_cons
   }
   const float tau = p.ramped(p.tau_kv);
   const bool whole = !exists || !any || p.is_text_q(i) || !(tau > 0);
-  choose(p, row, tau, whole, exists,
+  choose(p, row, batch, head, tau, whole, exists,
          p.kept + (batch * p.tiles() + int64_t(i) * p.heads + head) * p.kept_bytes());
 }
 

@@ -1,0 +1,82 @@
+"""What a policy is told of an Update's queries and keys, measured while norm and RoPE go over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flashomni import ops
+from flashomni.engine.linear import norm_and_rope, norm_weight
+from flashomni.policies import Stats
+from flashomni.symbols import SparseSymbols
+
+Rope = tuple[Tensor, Tensor] | Callable[[Tensor, int], None] | None  # as engine.linear's norm_and_rope
+
+
+class BlockMeasure:
+    """Means, and if asked for self-similarities, over the blocks of q or k, x [B, S, H, D].
+
+    Rows come in streams of the joint sequence. Those that are whole blocks are measured in the same read as
+    their norm and RoPE, unless a function rotates them; else finish() reads all of x once more.
+    """
+
+    def __init__(self, x: Tensor, block: int, similar: bool):
+        batch, tokens, heads, dim = x.shape
+        shape = (batch, -(-tokens // block), heads)
+        self.x, self.block = x, block
+        self.mean = torch.empty((*shape, dim), dtype=torch.float32, device=x.device)
+        self.similarity = torch.empty(shape, dtype=torch.float32, device=x.device) if similar else None
+        self._complete = True
+
+    def norm_and_rope(self, module: nn.Module | None, start: int, rows: int, rope: Rope) -> None:
+        """As engine.linear's, on rows start .. start + rows."""
+        x, end, block = self.x[:, start : start + rows], start + rows, self.block
+        whole = start % block == 0 and (end % block == 0 or end == self.x.shape[1])
+        if not whole or callable(rope):
+            self._complete = False
+            norm_and_rope(module, x, rope, row_offset=start)
+            return
+        blocks = slice(start // block, -(-end // block))
+        weight, eps = norm_weight(module, x)
+        cos, sin = rope if rope is not None else (None, None)
+        similarity = None if self.similarity is None else self.similarity[:, blocks]
+        ops.norm_rope_mean(
+            *(x, weight, cos, sin, self.mean[:, blocks], similarity), block=block, eps=eps, row_offset=start
+        )
+
+    def finish(self) -> None:
+        if not self._complete:
+            self.mean = ops.block_mean(self.x, self.block, self.similarity)
+
+
+class Measures:
+    """Norm and RoPE of q and k at an Update, and what `needs` (Policy.needs) names of the result."""
+
+    def __init__(self, needs: frozenset[str], q: Tensor, k: Tensor, symbols: SparseSymbols):
+        self.needs, self.x = needs, (q, k)
+        self.q = BlockMeasure(q, symbols.block_q, False) if "q_mean" in needs else None
+        similar = "k_similarity" in needs
+        self.k = BlockMeasure(k, symbols.block_kv, similar) if similar or "k_mean" in needs else None
+
+    def norm_and_rope(self, norms: tuple, start: int, rows: int, rope: Rope) -> None:
+        """norms: the modules of q and of k, each may be None."""
+        for x, measure, module in zip(self.x, (self.q, self.k), norms, strict=True):
+            if measure is None:
+                norm_and_rope(module, x[:, start : start + rows], rope, row_offset=start)
+            else:
+                measure.norm_and_rope(module, start, rows, rope)
+
+    def stats(self) -> Stats:
+        """Once every stream has been through."""
+        stats = Stats()
+        for measure in (self.q, self.k):
+            if measure is not None:
+                measure.finish()
+        if self.q is not None:
+            stats.q_mean = self.q.mean
+        if self.k is not None:
+            stats.k_mean = self.k.mean if "k_mean" in self.needs else None
+            stats.k_similarity = self.k.similarity
+        return stats
