@@ -59,31 +59,34 @@ class Call:
     """What prepare() of a family found in the inputs of the call at hand.
 
     text_lengths: valid text tokens of each batch element, where they differ. condition: how many tokens at
-    the end of the image stream are given and not drawn (pictures to edit).
+    the end of the image stream are given and not drawn (pictures to edit). text_tokens: how many tokens of a
+    sequence that holds both are text; for blocks that do not tell them apart.
     """
 
     def __init__(self, engine: Engine, text_first: bool):
         self.engine, self.text_first = engine, text_first
         self.text_lengths: tuple[int, ...] | None = None
         self.condition = 0
-        self._read: list[tuple[Tensor, Callable, Any]] = []
+        self.text_tokens = 0
+        self._read: list[tuple[Tensor, tuple, Any]] = []
 
     def begin(self) -> None:
         """Forgets the call before."""
-        self.text_lengths, self.condition = None, 0
+        self.text_lengths, self.condition, self.text_tokens = None, 0, 0
 
     def key(self) -> Hashable:
         """All of it that the layers' work depends on."""
-        return self.text_lengths, self.condition
+        return self.text_lengths, self.condition, self.text_tokens
 
-    def read(self, tensor: Tensor, function: Callable[[Tensor], T]) -> T:
-        """function(tensor), which may read it on the host: once a tensor, as pipelines pass the same one at
-        every step."""
+    def read(self, tensor: Tensor, function: Callable[..., T], *options: Hashable) -> T:
+        """function(tensor, *options), which may read it on the host: once a tensor, as pipelines pass the
+        same one at every step."""
+        asked = (function, *options)
         for known, of, result in self._read:
-            if known is tensor and of is function:
+            if known is tensor and of == asked:
                 return result
-        result = function(tensor)
-        self._read = [*self._read[1 - _REMEMBERED :], (tensor, function, result)]
+        result = function(tensor, *options)
+        self._read = [*self._read[1 - _REMEMBERED :], (tensor, asked, result)]
         return result
 
     def trim_text(
@@ -103,6 +106,12 @@ class Call:
             inputs[name] = inputs[name][:, :longest]
         inputs[mask] = None if drop_mask and not padded else given[:, :longest]
         self.text_lengths = lengths if padded else None
+
+    def lay_out_whole(self, tokens: int) -> Joint:
+        """The joint sequence of a block that is given it whole."""
+        if self.text_tokens > tokens:
+            raise ValueError(f"text: expected at most all of {tokens} tokens, got {self.text_tokens}")
+        return self.lay_out(self.text_tokens, tokens - self.text_tokens)
 
     def lay_out(self, text: int, image: int) -> Joint:
         """The joint sequence of `text` and `image` tokens."""

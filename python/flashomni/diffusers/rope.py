@@ -1,53 +1,69 @@
-"""Forms of RoPE: what a model's blocks are given, as tables of the joint sequence.
+"""Forms of RoPE: what a model's blocks are given, as the engine takes it.
 
-A form is form(rope, text, image) -> (cos, sin), float32 [tokens, D] each with pairs (2i, 2i + 1), row by row
-of the joint sequence that FlashOmni lays out: `text` and `image` are Segments of it.
+A form is form(rope, joint) -> (cos, sin), float32 [tokens, D] each with pairs (2i, 2i + 1), row by row of the
+joint sequence that FlashOmni lays out (flashomni.diffusers.call.Joint). Where tables will not do it returns a
+function of x [B, M, H, D] and x's first row, which rotates x in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flashomni.policies import Segment
+if TYPE_CHECKING:
+    from flashomni.diffusers.call import Joint
 
 Tables = tuple[Tensor, Tensor]
-Form = Callable[[Any, Segment, Segment], Tables]
+Rotation = Callable[[Tensor, int], None]
+Form = Callable[[Any, "Joint"], Tables | Rotation]
 
 
-def joint_tables(rope: Tables, text: Segment, image: Segment) -> Tables:
+def joint_tables(rope: Tables, joint: Joint) -> Tables:
     """(cos, sin) of [text, image], as FLUX has them."""
+    text = joint.text
     if text.start == 0:
         return rope
-    return _in_order((rope[0][: text.length], rope[1][: text.length]), _rest(rope, text.length), text)
+    of_text, of_image = (tuple(t[rows] for t in rope) for rows in _split(text.length))
+    return _in_order(of_text, of_image, joint)
 
 
-def image_tables(rope: Tables, text: Segment, image: Segment) -> Tables:
+def image_tables(rope: Tables, joint: Joint) -> Tables:
     """(cos, sin) of the image alone: the text is not rotated."""
-    cos, sin = rope
-    shape = (text.length, cos.shape[-1])
-    still = (
-        torch.ones(shape, dtype=torch.float32, device=cos.device),
-        cos.new_zeros(shape, dtype=torch.float32),
-    )
-    return _in_order(still, (cos.float(), sin.float()), text)
+    cos, sin = (table.float() for table in rope)
+    shape = (joint.text.length, cos.shape[-1])
+    return _in_order((cos.new_ones(shape), sin.new_zeros(shape)), (cos, sin), joint)
 
 
-def complex_streams(rope: tuple[Tensor, Tensor], text: Segment, image: Segment) -> Tables:
+def complex_streams(rope: tuple[Tensor, Tensor], joint: Joint) -> Tables:
     """Complex [tokens, D / 2] of the image and of the text."""
-    of_image, of_text = (
-        tuple(part.float().repeat_interleave(2, -1) for part in (freqs.real, freqs.imag)) for freqs in rope
-    )
-    return _in_order(of_text, of_image, text)
+    of_image, of_text = map(_tables, rope)
+    return _in_order(of_text, of_image, joint)
 
 
-def _rest(rope: Tables, start: int) -> Tables:
-    return rope[0][start:], rope[1][start:]
+def complex_elements(rope: Tensor, joint: Joint) -> Tables | Rotation:
+    """Complex [B, tokens, D / 2]; the elements are rotated alike unless their text differs in length."""
+    if joint.valid is None:
+        return _tables(rope[0])
+
+    def rotate(x: Tensor, start: int) -> None:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        turned = pairs * rope[:, start : start + x.shape[1]].unsqueeze(2)
+        x.copy_(torch.view_as_real(turned).flatten(3))
+
+    return rotate
 
 
-def _in_order(of_text: Tables, of_image: Tables, text: Segment) -> Tables:
-    first, second = (of_text, of_image) if text.start == 0 else (of_image, of_text)
+def _tables(freqs: Tensor) -> Tables:
+    return tuple(part.float().repeat_interleave(2, -1) for part in (freqs.real, freqs.imag))
+
+
+def _split(length: int) -> tuple[slice, slice]:
+    return slice(None, length), slice(length, None)
+
+
+def _in_order(of_text: Tables, of_image: Tables, joint: Joint) -> Tables:
+    first, second = (of_text, of_image) if joint.text.start == 0 else (of_image, of_text)
     return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])

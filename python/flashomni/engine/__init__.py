@@ -2,12 +2,13 @@
 
 from flashomni.engine.engine import Engine
 from flashomni.engine.layer import Attention, Output, Stream
-from flashomni.engine.linear import apply_linear, why_no_norm, why_no_wide_norm, why_not_plain
+from flashomni.engine.linear import LinearRows, apply_linear, why_no_norm, why_no_wide_norm, why_not_plain
 from flashomni.engine.stats import RunStats
 
 __all__ = [
     "Attention",
     "Engine",
+    "LinearRows",
     "Output",
     "RunStats",
     "Stream",

@@ -193,16 +193,18 @@ class LayerRun:
                 self._attend_to_valid(q, k, v, symbols)
 
     def _attend_to_valid(self, q: Tensor, k: Tensor, v: Tensor, symbols) -> None:
-        """Attention where batch elements end at different keys: one after the other."""
-        for i, valid in enumerate(self.a.valid):
-            one, out = slice(i, i + 1), self.o4[i : i + 1]
+        """Attention where elements end before the sequence does; one by one, if not all at the same key."""
+        ends = self.a.valid if len(set(self.a.valid)) > 1 else self.a.valid[:1]
+        for i, valid in enumerate(ends):
+            one = slice(i, i + 1) if len(ends) > 1 else slice(None)
+            out = self.o4[one]
             if symbols is None:
                 ops.sparse_attention(q[one], k[one, :valid], v[one, :valid], out=out)
                 continue
-            block = symbols.block_kv
+            block, element = symbols.block_kv, symbols.element(i) if len(ends) > 1 else symbols
             starts = torch.arange(0, k.shape[1], block, dtype=torch.int32, device=k.device)
             lengths = (valid - starts).clamp(0, block)
-            ops.sparse_attention(q[one], k[one], v[one], symbols.element(i), out=out, kv_block_len=lengths)
+            ops.sparse_attention(q[one], k[one], v[one], element, out=out, kv_block_len=lengths)
 
     def _select(self, stats: Stats) -> None:
         engine, state, a = self.engine, self.state, self.a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,31 @@ def _untouched(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def why_not_plain(module: nn.Module, dtype: torch.dtype) -> str | None:
+@dataclass(frozen=True)
+class LinearRows:
+    """Output features start .. stop of a linear layer that makes several things in one product."""
+
+    module: nn.Module
+    start: int
+    stop: int
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight[self.start : self.stop]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.module.bias
+        return bias[self.start : self.stop] if bias is not None else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)[..., self.start : self.stop]
+
+
+def why_not_plain(module: nn.Module | LinearRows, dtype: torch.dtype) -> str | None:
     """None if `module` is torch's own linear layer with a real weight of `dtype`; else what it is instead."""
+    if isinstance(module, LinearRows):
+        module = module.module
     if type(module) is not nn.Linear:
         return f"is {type(module).__name__}, not torch.nn.Linear"
     weight = module.weight
@@ -30,7 +54,7 @@ def why_not_plain(module: nn.Module, dtype: torch.dtype) -> str | None:
 
 
 def apply_linear(
-    module: nn.Module,
+    module: nn.Module | LinearRows | Callable[[Tensor], Tensor],
     x: Tensor,
     out: Tensor,
     symbols: SparseSymbols | None = None,

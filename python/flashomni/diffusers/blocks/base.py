@@ -146,12 +146,12 @@ def stream_of(attention: nn.Module, names: Projections, x: Tensor, start: int) -
 
 
 def rope_of(call: Call, spec: Blocks, rope: Any, joint: Joint) -> Any:
-    """The tables of the joint sequence, made once a pass."""
+    """What the form makes of it, once a pass."""
     if rope is None or spec.rope is None:
         return None
-    form, layout = spec.rope, (joint.text, joint.image)
+    form = spec.rope
     # The pair keeps `rope` alive, so that no other takes its id within the pass.
-    return call.engine.once(("rope", id(rope), form, layout), lambda: (rope, form(rope, *layout)))[1]
+    return call.engine.once(("rope", id(rope), form, joint), lambda: (rope, form(rope, joint)))[1]
 
 
 def refuse_masks(spec: Blocks, layer: str, masks: dict[str, Tensor | None]) -> None:
@@ -174,6 +174,32 @@ def feed_forward_scratch(
             continue
         found.append((f"feed_forward {count}", count * part(layer.block, name).net[0].proj.out_features))
     return found
+
+
+class Processor:
+    """An attention processor of ours in the place of `original`, to which it passes on what it is not for."""
+
+    flashomni = True
+
+    def __init__(self, call: Call, layer: Layer, original: Any):
+        self.call, self.engine, self.layer, self.spec = call, call.engine, layer, layer.spec
+        self.original = original
+        self._attention_backend = getattr(original, "_attention_backend", None)
+        self._parallel_config = getattr(original, "_parallel_config", None)
+
+
+def put_processor(attention: nn.Module, processor: Processor) -> Restore:
+    """Puts the processor in place; returns a function that takes it out again."""
+    copied = processor._attention_backend
+    attention.processor = processor
+
+    def restore() -> None:
+        if attention.processor is processor:
+            if processor._attention_backend != copied:
+                processor.original._attention_backend = processor._attention_backend
+            attention.processor = processor.original
+
+    return restore
 
 
 def keeps_o(linears: list[nn.Module]) -> bool:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from flashomni.diffusers.blocks.base import (
     Blocks,
     Layer,
+    Processor,
     Projections,
     Restore,
     feed_forward_scratch,
     keeps_o,
     part,
+    put_processor,
     refuse_masks,
     rope_of,
     stream_of,
@@ -51,17 +53,12 @@ class JointBlocks(Blocks):
             intercept_feed_forward(call.engine, part(layer.block, name)) for name in self.feed_forward
         ]
         attention = layer.attention
-        processor = JointProcessor(call, layer, attention.processor)
-        copied = processor._attention_backend
-        attention.processor = processor
+        restore_processor = put_processor(attention, JointProcessor(call, layer, attention.processor))
 
         def restore() -> None:
             for restore_feed_forward in feed_forwards:
                 restore_feed_forward()
-            if attention.processor is processor:
-                if processor._attention_backend != copied:
-                    processor.original._attention_backend = processor._attention_backend
-                attention.processor = processor.original
+            restore_processor()
 
         return restore
 
@@ -84,16 +81,8 @@ class JointBlocks(Blocks):
         )
 
 
-class JointProcessor:
+class JointProcessor(Processor):
     """Attention processor of a block that keeps text and image apart: (image, text), each [B, tokens, C]."""
-
-    flashomni = True
-
-    def __init__(self, call: Call, layer: Layer, original: Any):
-        self.call, self.engine, self.layer, self.spec = call, call.engine, layer, layer.spec
-        self.original = original
-        self._attention_backend = getattr(original, "_attention_backend", None)
-        self._parallel_config = getattr(original, "_parallel_config", None)
 
     def __call__(
         self,

@@ -38,8 +38,8 @@ class ParallelBlocks(Blocks):
     """Blocks with text and image in one sequence, and an MLP beside the attention.
 
     out([attention, activation(mlp)]), gated and added to the input. The block takes hidden_states and
-    encoder_hidden_states and returns both, in the order `returns`; what else it takes by name goes to
-    `modulate`.
+    encoder_hidden_states and returns both, in the order `returns`; or it takes and returns hidden_states
+    alone, which then hold both. What else it takes by name goes to `modulate`.
     """
 
     stream: Projections
@@ -104,7 +104,7 @@ class ParallelForward:
         self.call, self.engine, self.layer, self.spec = call, call.engine, layer, layer.spec
         self.block = layer.block
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         block, spec, engine, layer = self.block, self.spec, self.engine, self.layer
         attn = layer.attention
         if not (engine.enabled and type(attn.processor).__name__ == spec.processor):
@@ -113,9 +113,12 @@ class ParallelForward:
         options = given.get("joint_attention_kwargs") or {}
         masks = {"attention_mask": given.get("attention_mask", options.get("attention_mask"))}
         refuse_masks(spec, layer.name, masks)
-        of_image, of_text = given["hidden_states"], given["encoder_hidden_states"]
-        joint = self.call.lay_out(of_text.shape[1], of_image.shape[1])
-        residual = join(of_text, of_image) if joint.text.start == 0 else join(of_image, of_text)
+        of_image, of_text = given["hidden_states"], given.get("encoder_hidden_states")
+        if of_text is None:
+            joint, residual = self.call.lay_out_whole(of_image.shape[1]), of_image
+        else:
+            joint = self.call.lay_out(of_text.shape[1], of_image.shape[1])
+            residual = join(of_text, of_image) if joint.text.start == 0 else join(of_image, of_text)
         x, gate = spec.modulate(part(block, spec.norm), residual, given)
         mlp = part(block, spec.mlp)
         both = engine.buffers.take("o", (*x.shape[:2], layer.width + mlp.out_features), x)
@@ -136,6 +139,8 @@ class ParallelForward:
         out = torch.addcmul(residual, gate.unsqueeze(1) if gate.ndim == 2 else gate, out)
         if out.dtype == torch.float16:
             out = out.clip(-65504, 65504)
+        if of_text is None:
+            return out
         parts = {"hidden_states": joint.image, "encoder_hidden_states": joint.text}
         return tuple(out[:, s.start : s.start + s.length] for s in (parts[name] for name in spec.returns))
 

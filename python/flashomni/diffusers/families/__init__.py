@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from flashomni.diffusers.families import flux, hunyuan_video, qwen_image
+from flashomni.diffusers.families import (
+    chroma,
+    flux,
+    flux2,
+    hunyuan_video,
+    hunyuan_video15,
+    qwen_image,
+    z_image,
+)
 from flashomni.diffusers.families.base import Family, Preset
 
 FAMILIES: dict[str, Family] = {}
@@ -18,7 +26,7 @@ def register_family(family: Family) -> None:
     FAMILIES.update(dict.fromkeys(family.models, family))
 
 
-for _module in (flux, hunyuan_video, qwen_image):
+for _module in (chroma, flux, flux2, hunyuan_video, hunyuan_video15, qwen_image, z_image):
     for _family in _module.FAMILIES:
         register_family(_family)
 

@@ -14,14 +14,15 @@ TEXT = Projections("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "no
 BOTH = Projections("to_q", "to_k", "to_v", "norm_q", "norm_k")
 
 
-def _reference_tokens(image_ids: Tensor) -> int:
-    """Kontext numbers the pictures that it edits 1, 2, .. in the first coordinate of their tokens."""
+def reference_tokens(image_ids: Tensor) -> int:
+    """Pictures to edit are numbered from 1 on in the first coordinate of their tokens, which come last."""
     ids = image_ids[0] if image_ids.ndim == 3 else image_ids
     return int((ids[:, 0] != 0).sum())
 
 
 def _prepare(inputs: Inputs, call: Call) -> None:
-    call.condition = call.read(inputs["img_ids"], _reference_tokens)
+    call.text_tokens = inputs["encoder_hidden_states"].shape[1]
+    call.condition = call.read(inputs["img_ids"], reference_tokens)
 
 
 FLUX = Family(

@@ -1,0 +1,114 @@
+"""Self-attention over one sequence: a processor stands in for the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from flashomni.diffusers.blocks.base import (
+    Blocks,
+    Layer,
+    Processor,
+    Projections,
+    Restore,
+    feed_forward_scratch,
+    keeps_o,
+    part,
+    put_processor,
+    refuse_masks,
+    rope_of,
+    stream_of,
+)
+from flashomni.diffusers.blocks.feed_forward import intercept_feed_forward, why_not_fused
+from flashomni.diffusers.call import Call
+from flashomni.engine import Attention, Output
+from flashomni.engine.memory import LayerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainBlocks(Blocks):
+    """The processor does everything around the attention: it is called as (attention, hidden_states, .. masks
+    and RoPE by name) and returns [B, tokens, C]. Call.text_tokens of the tokens are text.
+
+    feed_forward: name of the FeedForward module in a block, if it is one of diffusers' own with a GELU.
+    """
+
+    stream: Projections
+    feed_forward: tuple[str, ...] = ()
+
+    def streams(self) -> tuple[Projections, ...]:
+        return (self.stream,)
+
+    def find_fallbacks(self, layer: Layer) -> None:
+        layer.look_at(self.stream)
+        for name in self.feed_forward:
+            layer.look(layer.block, name, why_not_fused)
+
+    def intercept(self, call: Call, layer: Layer) -> Restore:
+        restores = [
+            intercept_feed_forward(call.engine, part(layer.block, name)) for name in self.feed_forward
+        ]
+        attention = layer.attention
+        restores.append(put_processor(attention, PlainProcessor(call, layer, attention.processor)))
+
+        def restore() -> None:
+            for each in restores:
+                each()
+
+        return restore
+
+    def shape_of(self, layer: Layer, image: int, text: int) -> LayerShape:
+        tokens, out = image + text, part(layer.attention, self.stream.out)
+        return LayerShape(
+            name=layer.name,
+            heads=layer.heads,
+            head_dim=layer.head_dim,
+            tokens=tokens,
+            outputs=((tokens, out.out_features),),
+            keeps_o=keeps_o([out]),
+            scratch=(
+                ("o", tokens * layer.width),
+                *feed_forward_scratch(layer, self.feed_forward, (tokens,)),
+            ),
+        )
+
+
+class PlainProcessor(Processor):
+    """Attention processor of such a block. What it is given under a name of RoPE's, spec.rope understands."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        rotary_emb: Any = None,
+        freqs_cis: Any = None,
+    ) -> Tensor:
+        ropes = {"image_rotary_emb": image_rotary_emb, "rotary_emb": rotary_emb, "freqs_cis": freqs_cis}
+        ropes = {name: rope for name, rope in ropes.items() if rope is not None}
+        if not self.engine.enabled:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **ropes)
+        layer, spec = self.layer, self.spec
+        if encoder_hidden_states is not None:
+            raise NotImplementedError(f"encoder_hidden_states: expected None in {layer.name}, got a tensor")
+        refuse_masks(spec, layer.name, {"attention_mask": attention_mask})
+        batch, tokens, _ = hidden_states.shape
+        joint = self.call.lay_out_whole(tokens)
+        attention = Attention(
+            layer=layer.index,
+            heads=layer.heads,
+            head_dim=layer.head_dim,
+            text=joint.text,
+            condition=joint.condition,
+            valid=joint.valid,
+            streams=[stream_of(attn, spec.stream, hidden_states, 0)],
+            outputs=[Output(part(attn, spec.stream.out), 0, tokens)],
+            o=self.engine.buffers.take("o", (batch, tokens, layer.width), hidden_states),
+            rope=rope_of(self.call, spec, next(iter(ropes.values()), None), joint),
+        )
+        (out,) = self.engine.attend(attention)
+        return part(attn, spec.stream.after_out)(out) if spec.stream.after_out is not None else out
