@@ -1,12 +1,13 @@
 """What was tested and measured on a GPU, kept with the digest of the kernels' sources.
 
-    python tools/gpu_record.py measure [--out FOLDER] [tests] [sanitizer] [benchmarks]
+    python tools/gpu_record.py measure [--out FOLDER] [tests] [sanitizer] [benchmarks] [e2e] [e2e-NAME]
     python tools/gpu_record.py check [FILE ...]     # exit code 1 where a record is not of today's sources
     python tools/gpu_record.py docs                 # writes docs/gpu-results.md from the records
 
 `measure` writes FOLDER/<gpu>.json (bench/results unless given) part by part: parts of the same sources are
-kept, so that a record can be made in several goes. Without names it makes all parts. It needs pytest, and
-compute-sanitizer from CUDA's toolkit; FlashAttention-3 stands beside ours where PyPI's fa3-fwd is installed.
+kept, so that a record can be made in several goes. Without names it makes all parts but e2e: whole models, of
+which e2e-NAME is one. It needs pytest, and compute-sanitizer from CUDA's toolkit; FlashAttention-3 stands
+beside ours where PyPI's fa3-fwd is installed.
 """
 
 from __future__ import annotations
@@ -113,6 +114,46 @@ def benchmarks() -> dict:
 
 PARTS = {"benchmarks": benchmarks, "tests": tests, "sanitizer": sanitizer}
 
+# Full-size models, a minute or a few each; by what they are called in the record and in `measure e2e-NAME`.
+VIDEO = {"sparsity": (0.46,), "density": (0.25,), "rounds": 1, "arms": ("compiled", "eager")}
+E2E = {
+    "tiny-flux": {},
+    "flux-dev": {"model": "flux-dev"},
+    "flux-dev-2048": {
+        "model": "flux-dev",
+        "resolution": "2048x2048",
+        "rounds": 1,
+        "arms": ("compiled", "eager"),
+    },
+    "flux-kontext": {"model": "flux-kontext", "sparsity": (0.46,), "arms": ("compiled", "eager")},
+    "hunyuanvideo": {"model": "hunyuanvideo", **VIDEO},
+    "wan-14b": {"model": "wan-14b", **VIDEO, "chosen": False},
+    "qwen-image": {"model": "qwen-image", "sparsity": (0.46,), "arms": ("compiled", "eager")},
+}
+
+
+def end_to_end(name: str) -> dict:
+    """Rows of one of E2E."""
+    import torch
+    from rich.console import Console
+
+    from flashomni.bench import e2e, e2e_model, harness, models
+    from flashomni.config import Config
+
+    if name == "tiny-flux":
+        from flashomni.demo import SETTINGS
+
+        run = {"config": Config(**SETTINGS), "steps": 20, "rounds": 5, "device": "cuda"}
+        rows = e2e.run(**run, dtype=torch.bfloat16)
+        tables = [harness.rows_table(rows)]
+    else:
+        config = Config(**models.model_of(E2E[name]["model"]).settings)
+        rows = e2e_model.run(config=config, **E2E[name], say=lambda text: print(text, flush=True))
+        tables = e2e_model.tables(rows)
+    for table in tables:
+        Console(highlight=False, width=100).print(table)
+    return {"rows": rows}
+
 
 # ---- the record ----
 def machine() -> dict:
@@ -155,8 +196,9 @@ def measure(folder: Path, parts: list[str]) -> int:
         record = {"sources": sources}
     record["machine"] = here
     folder.mkdir(parents=True, exist_ok=True)
-    for name in parts or PARTS:
-        made = PARTS[name]()
+    names = [f"e2e-{case}" for case in E2E]
+    for name in [n for part in parts or PARTS for n in (names if part == "e2e" else [part])]:
+        made = PARTS[name]() if name in PARTS else end_to_end(name.removeprefix("e2e-"))
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record[name] = {"date": date, **made}
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -253,6 +295,55 @@ def gemm_sections(rows: list[dict]) -> list[str]:
     return lines
 
 
+def end_to_end_lines(rows: list[dict]) -> list[str]:
+    """A full-size model: a line an arm."""
+    runs = [found for found in rows if found["case"]["what"] in ("run", "picture")]
+    case = runs[0]["case"]
+    steps = {
+        (r["case"]["arm"], r["case"].get("level"), r["case"]["what"].removesuffix(" step")): r["ms"]
+        for r in rows
+    }
+    what = (
+        f"{case['model']} {case['resolution']}, {case['tokens']} tokens"
+        if "tokens" in case
+        else case["model"]
+    )
+    lines = [f"### End to end: {what}, {case['steps']} steps, {case['dtype']}", ""]
+    if runs[0].get("composed"):
+        lines += ["Runs are composed of a few measured steps of each kind.", ""]
+    columns = (
+        "seconds",
+        "ratio",
+        "Full, ms",
+        "Update",
+        "Dispatch",
+        "pairs",
+        "tiles",
+        "bound",
+        "of it",
+        "GiB",
+    )
+    lines += [f"| arm | level | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for found in runs:
+        arm, level = found["case"]["arm"], found["case"].get("level", "")
+        kinds = [
+            steps.get((arm, found["case"].get("level"), kind)) for kind in ("full", "update", "dispatch")
+        ]
+        cells = [arm, level, f"{found['ms'] / 1e3:.2f}", f"{found['ratio']:.2f}"]
+        cells += ["–" if ms is None else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}" for ms in kinds]
+        shares = [("density", ".2f"), ("tiles", ".2f"), ("bound", ".2f"), ("share_of_bound", ".0%")]
+        shares.append(("peak_gib", ".1f"))
+        for name, form in shares:
+            value = found.get(name, found["case"].get(name))
+            cells.append("–" if value is None else format(value, form))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\nNot measured: {name}: {why}" for name, why in runs[0].get("not_measured", {}).items()]
+    busy = [f"{r['case']['arm']} {r['kernels_ms']:.1f} of {r['ms']:.1f}" for r in runs if r.get("kernels_ms")]
+    if busy:
+        lines += ["", f"Milliseconds a picture in which the GPU is at work: {', '.join(busy)}."]
+    return [*lines, ""]
+
+
 def document(record: dict) -> list[str]:
     """One GPU's section of the results page."""
     here, lines = record["machine"], []
@@ -296,6 +387,9 @@ def document(record: dict) -> list[str]:
         lines += select_lines([found for found in bench["rows"] if found["suite"] in ("select", "forecast")])
         host = ", ".join(f"{name} {us:.1f} µs" for name, us in bench["host_us"].items())
         lines += [f"Host time of an eager call: {host}.", ""]
+    for case in E2E:
+        if f"e2e-{case}" in record:
+            lines += end_to_end_lines(record[f"e2e-{case}"]["rows"])
     return lines
 
 
@@ -322,7 +416,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure")
     measuring.add_argument("--out", type=Path, default=RESULTS)
-    measuring.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
+    measuring.add_argument(
+        "parts", nargs="*", choices=[*PARTS, "e2e", *(f"e2e-{case}" for case in E2E), []], default=[]
+    )
     checking = commands.add_parser("check")
     checking.add_argument("files", nargs="*", type=Path)
     commands.add_parser("docs")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,7 +194,7 @@ def test_a_model_end_to_end(name):
     assert runs["density 0.4"]["density"] < runs["20% sparse"]["density"]
 
 
-def test_a_whole_run_measures_every_step():
+def test_a_whole_run_measures_every_step(monkeypatch):
     arguments = {"device": "cpu", "dtype": torch.float32, "tiny": True, "say": lambda text: None}
     rows = e2e_model.run(
         model="flux-dev",
@@ -209,6 +211,11 @@ def test_a_whole_run_measures_every_step():
     check_rows(rows, {"density 0.6"}, 9)
     (ours,) = [r for r in rows if r["case"]["what"] == "run" and r["case"]["level"] != "dense"]
     assert not ours["composed"] and len(ours["by_key"]) == 9
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools")
+    lines = importlib.import_module("gpu_record").end_to_end_lines(json.loads(json.dumps(rows)))
+    table = [line.split("|") for line in lines if line.startswith("|")]
+    assert len(table) == 4 and len({len(cells) for cells in table}) == 1
+    assert table[3][2].strip() == "density 0.6" and table[3][4].strip() == f"{ours['ratio']:.2f}"
 
 
 def test_composed_density_is_that_of_a_whole_run():

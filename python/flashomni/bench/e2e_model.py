@@ -112,10 +112,14 @@ def run(
     spec.image_tokens(size)
     steps = steps or spec.steps
     plans = schedule.plan(steps, config)
+    text = text or (32 if tiny else spec.text)
     wanted = _levels(plans, sparsity, density, tiles, chosen)
+    for level in wanted:
+        if level.policy is not None:
+            _check(level.policy, spec.tokens(size, text), text if spec.joint else 0, config)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA device, got none on this machine")
-    here = Run(model, size, text or (32 if tiny else spec.text), device, dtype, tiny)
+    here = Run(model, size, text, device, dtype, tiny)
     parameters = sum(p.numel() for p in here.transformer.parameters())
     say(f"{model} {size}: {here.tokens} tokens, {parameters / 1e9:.2f}e9 parameters")
     flashomni.explain(here.transformer, config)  # a model that is not served ends here
@@ -140,7 +144,10 @@ def run(
             try:
                 found.append(_measure(here, config, level, arm, plans, rounds, whole))
                 say(f"flashomni {arm}, {level.name}: {sum(found[-1].steps) / 1e3:.2f} s a run")
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                # A GPU that is too small, or a step that cannot be captured, is no reason to lose the others.
+                if arm != "graphs" and not isinstance(error, torch.OutOfMemoryError):
+                    raise
                 missing[f"{arm}, {level.name}"] = harness.short(error)
             forget_peak(here.device)
     dense.again(eager)
@@ -160,6 +167,12 @@ def _levels(plans, sparsity, density, tiles: float | None, chosen: bool) -> list
     return found
 
 
+def _check(policy: levels.LevelPolicy, tokens: int, text: int, config: Config) -> None:
+    """ValueError for a level that the text leaves no room for, before anything is built."""
+    blocks = [-(-count // size) for count in (tokens, text) for size in (config.block_q, config.block_kv)]
+    levels.image_shares(policy.density, *blocks, tiles=policy.tiles)
+
+
 def _measure(here: Run, config: Config, level: Level, arm: str, plans, rounds: int, whole: bool) -> Ours:
     """One sparse arm: warmed up, then measured `rounds` times, then once more by class of operator."""
     config = Config(**{**vars(config), "cuda_graphs": arm == "graphs"})
@@ -168,9 +181,11 @@ def _measure(here: Run, config: Config, level: Level, arm: str, plans, rounds: i
     engine = flashomni.enable(here.transformer, config, policy=level.policy)
     try:
         short = sample.shortest()
-        # A graph's first pass runs as it is, the second is captured.
-        for _ in range(2 if arm == "graphs" else 1):
-            _steps(here, engine, plans, short if arm == "graphs" else short[:3])
+        if arm == "graphs":  # of each kind the first pass runs as it is, the second is captured
+            for _ in range(2):
+                _steps(here, engine, plans, short)
+        else:
+            _steps(here, engine, plans, _first_window(plans, short))
         times: dict = {}
         for _ in range(rounds):
             for i, ms in _steps(here, engine, plans, sample.measured()).items():
@@ -179,7 +194,7 @@ def _measure(here: Run, config: Config, level: Level, arm: str, plans, rounds: i
         stats = flashomni.stats(here.transformer)
         by_class = {}
         if arm == "eager":
-            by_class = _by_class(here, engine, plans, short)
+            by_class = _by_class(here, engine, plans, _first_window(plans, short))
         medians = {key: median(values) for key, values in times.items()}
         return Ours(
             level=level.name,
@@ -195,6 +210,13 @@ def _measure(here: Run, config: Config, level: Level, arm: str, plans, rounds: i
         )
     finally:
         flashomni.disable(here.transformer)
+
+
+def _first_window(plans, steps: Sequence[int]) -> list[int]:
+    """Those of `steps` that feed the history, and the first Update with its Dispatch step."""
+    updates = [i for i in steps if plans[i].kind == "update"]
+    end = updates[1] if len(updates) > 1 else len(plans)
+    return [i for i in steps if i < end and (plans[i].record or plans[i].kind != "full")]
 
 
 def _steps(here: Run, engine, plans, wanted: Sequence[int], each=lambda i: None) -> dict[int, float]:
@@ -337,7 +359,7 @@ def tables(rows: Sequence[dict]) -> list:
     table = Table(title=title, **style)
     for name in ("arm", "level"):
         table.add_column(name, no_wrap=True)
-    for name in ("s a run", "x", "full", "update", "dispatch", "pairs", "tiles", "bound", "of it", "GiB"):
+    for name in ("run, s", "x", "full", "update", "disp.", "pairs", "tiles", "bound", "of it", "GiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for found in runs:
         arm, level = found["case"]["arm"], found["case"]["level"]
