@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from graph_stand_in import StandIn
 from torch import nn
 
 import flashomni
@@ -216,6 +217,26 @@ def test_a_whole_run_measures_every_step(monkeypatch):
     table = [line.split("|") for line in lines if line.startswith("|")]
     assert len(table) == 4 and len({len(cells) for cells in table}) == 1
     assert table[3][2].strip() == "density 0.6" and table[3][4].strip() == f"{ours['ratio']:.2f}"
+
+
+def test_measured_steps_of_the_graphs_arm_are_all_replayed(monkeypatch):
+    model = models.model_of("flux-dev")
+    here = e2e_model.Run("flux-dev", model.tiny_size, 32, "cpu", torch.float32, True)
+    stand_ins, enable = [], flashomni.enable
+
+    def enable_with_stand_in(*arguments, **options):
+        stand_ins.append(StandIn(monkeypatch, enable(*arguments, **options)))
+        return stand_ins[0].engine
+
+    monkeypatch.setattr(flashomni, "enable", enable_with_stand_in)
+    level, plans = e2e_model.Level("", levels.LevelPolicy(0.5)), schedule.plan(14, CONFIG)
+    ours = e2e_model._measure(here, CONFIG, level, "graphs", plans, 1, False)
+    (stand_in,) = stand_ins
+    sample = levels.Sample(plans, CONFIG.max_order)
+    assert stand_in.captures == 5  # Full with and without history, two Updates, Dispatch
+    # All that is measured and the warm-up's last run; the run before captures its second Dispatch step.
+    assert stand_in.replays == len(sample.measured()) + len(sample.shortest()) + 1
+    assert not ours.notes and 0.4 < min(ours.density) < 0.6
 
 
 def test_composed_density_is_that_of_a_whole_run():
