@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,12 +106,13 @@ class _Attachment:
                 "flashomni: expected inference (torch.no_grad() or torch.inference_mode()), got grad mode on "
                 "and parameters that require grad; to train, call flashomni.disable() first"
             )
-        parameter = next(transformer.parameters())
-        if torch.is_autocast_enabled(parameter.device.type):
+        device = next(transformer.parameters()).device.type
+        # Weights that are offloaded say nothing of where the model runs.
+        if any(torch.is_autocast_enabled(d) for d in ({device} & {"cpu", "cuda"} or ("cpu", "cuda"))):
             raise RuntimeError(
                 "flashomni: expected no autocast, got one; convert the model by .to(dtype) instead"
             )
-        engine.ledger.synchronize = parameter.device.type == "cuda"
+        engine.ledger.synchronize = device == "cuda"
         self.call.begin()
         if self.family.prepare is not None:
             inputs = Inputs(transformer, args, kwargs)
@@ -135,9 +137,9 @@ def enable(
     config: a Config, the name of a preset, or None for the defaults. policy: an object of your own instead of
         config.policy. timing: keep a ledger of seconds by kind of work (flashomni.stats).
 
-    Returns the engine. Raises NotImplementedError for an unknown model, one with nothing that can be sparse
-    and, with config.strict, one with anything that cannot; RuntimeError if it is enabled already or another
-    cache is; ValueError or TypeError for arguments.
+    Warns once if anything will run dense unasked. Returns the engine. Raises NotImplementedError for an
+    unknown model, one with nothing that can be sparse and, with config.strict, one with anything that cannot;
+    RuntimeError if it is enabled already or another cache is; ValueError or TypeError for arguments.
     """
     transformer, pipe = _transformer_of(target)
     family = family_of(transformer)
@@ -162,6 +164,13 @@ def enable(
     served = [layer for layer in layers if layer.refusal is None]
     if not served:
         raise NotImplementedError("flashomni: no layer can be sparse:\n" + "\n".join(problems))
+    if problems:
+        more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+        warnings.warn(
+            f"flashomni: {len(problems)} of {len(layers)} layers run partly dense: {problems[0]}{more}. "
+            "flashomni.explain() tells what each one does",
+            stacklevel=2,
+        )
     engine = Engine(config, len(layers), check_policy(policy or make_policy(config.policy, config)))
     engine.ledger.enabled = timing
     _Attachment(engine, family, transformer, pipe).put(served)
