@@ -364,7 +364,7 @@ def bench_e2e(
     except (ValueError, TypeError) as error:
         raise fail(error, 2) from None
     if not full_size:
-        _suite(e2e.run, json_file, threads, **shared, steps=steps or 20)
+        _suite(e2e.run, json_file, threads, tables=e2e.tables, **shared, steps=steps or 20)
         return
     if device == "cpu" and not tiny:
         raise fail(f"--device: expected cuda for a model of the size of {model}, got cpu", 2)

@@ -34,13 +34,14 @@ def built(name: str) -> tuple[nn.Module, dense.Call]:
     return transformer, lambda time: transformer(**inputs(time))[0]
 
 
-@pytest.mark.parametrize("tiles", [None, 0.8])
-@pytest.mark.parametrize("text", [(0, 500), (3200, 256), (0, 0)])
-def test_a_level_has_its_density(text, tiles):
+@pytest.mark.parametrize("tiles", [None, 0.6])
+@pytest.mark.parametrize("text,given", [((0, 500), 0), ((3200, 256), 0), ((0, 0), 0), ((0, 260), 500)])
+def test_a_level_has_its_density(text, given, tiles):
     tokens = 3500
     start, length = text
     segments = (Segment("image", 0, start), Segment("text", start, length))
-    segments += (Segment("image", start + length, tokens - start - length),)
+    segments += (Segment("image", start + length, tokens - start - length - given),)
+    segments += (Segment("condition", tokens - given, given),)
     layout = Layout(1, 3, 64, tokens, tuple(s for s in segments if s.length))
     symbols = SparseSymbols.ones(1, 3, tokens, tokens, 128, 128)
     means = torch.randn(1, symbols.q_blocks, 3, 64), torch.randn(1, symbols.kv_blocks, 3, 64)
@@ -51,7 +52,8 @@ def test_a_level_has_its_density(text, tiles):
     assert counted == pytest.approx(0.4, abs=0.03)  # whole blocks of 28
     if tiles is not None:
         assert float(cache.double().mean()) == pytest.approx(tiles, abs=0.03)
-    rows = layout.text_blocks(128)
+    rows = [i for i in range(28) if text[0] < (i + 1) * 128 and i * 128 < sum(text)]
+    rows += [i for i in range(28) if (i + 1) * 128 > tokens - given] if given else []
     assert cache[:, :, rows].all() and skip[:, :, rows].all() and skip[..., rows].all()
     assert (cache.sum(-1) == cache.sum(-1)[0, 0]).all(), "as many tiles in every head"
     before = symbols.cache.clone(), symbols.skip.clone()
@@ -68,7 +70,7 @@ def test_levels_that_cannot_be_are_refused():
         levels.dispatch_density(0.9, plans)
     with pytest.raises(ValueError, match="sparsity: expected"):
         levels.dispatch_density(0.1, schedule.plan(2, CONFIG))
-    with pytest.raises(ValueError, match="density: expected at least the text's 0.250"):
+    with pytest.raises(ValueError, match="density: expected at least 0.250"):
         levels.image_shares(0.2, 8, 8, 2, 2)
     with pytest.raises(ValueError, match="density: expected more than 0 and at most 1, got 1.5"):
         levels.LevelPolicy(1.5)

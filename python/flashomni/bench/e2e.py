@@ -140,3 +140,21 @@ def _rows(arms: dict[str, Arm], steps: int, config: Config, dtype: torch.dtype, 
             step = {**case, "what": f"{kind} step"}
             rows.append(harness.row("e2e", step, median(times) * 1e3, None, (best, best_step, None)))
     return rows
+
+
+def tables(rows: list[dict]) -> list:
+    """What the rows say, as rich tables; on a GPU also what of a picture it was at work."""
+    from rich import box
+    from rich.table import Table
+
+    found = [harness.rows_table(rows)]
+    measured = [row for row in rows if "kernels_ms" in row]
+    if measured:
+        busy = Table("a picture, ms", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in ("in all", "GPU at work", "share"):
+            busy.add_column(name, justify="right")
+        for row in measured:
+            share = row["kernels_ms"] / row["ms"]
+            busy.add_row(row["case"]["arm"], f"{row['ms']:.1f}", f"{row['kernels_ms']:.1f}", f"{share:.0%}")
+        found.append(busy)
+    return found

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
@@ -116,7 +116,10 @@ def run(
     wanted = _levels(plans, sparsity, density, tiles, chosen)
     for level in wanted:
         if level.policy is not None:
-            _check(level.policy, spec.tokens(size, text), text if spec.joint else 0, config)
+            kept = text if spec.joint else 0
+            if config.protect_conditions:
+                kept += spec.image_tokens(size) // spec.images * (spec.images - 1)
+            _check(level.policy, spec.tokens(size, text), kept, config)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA device, got none on this machine")
     here = Run(model, size, text, device, dtype, tiny)
@@ -153,7 +156,9 @@ def run(
     dense.again(eager)
     for name, reason in missing.items():
         say(f"not measured: {name}: {reason}")
-    return _rows(here, bars, found, plans, whole, missing)
+    rows = _rows(here, bars, found, plans, whole, missing)
+    rows[0]["config"] = asdict(config)
+    return rows
 
 
 def _levels(plans, sparsity, density, tiles: float | None, chosen: bool) -> list[Level]:
@@ -167,9 +172,9 @@ def _levels(plans, sparsity, density, tiles: float | None, chosen: bool) -> list
     return found
 
 
-def _check(policy: levels.LevelPolicy, tokens: int, text: int, config: Config) -> None:
-    """ValueError for a level that the text leaves no room for, before anything is built."""
-    blocks = [-(-count // size) for count in (tokens, text) for size in (config.block_q, config.block_kv)]
+def _check(policy: levels.LevelPolicy, tokens: int, kept: int, config: Config) -> None:
+    """ValueError for a level that what is always computed leaves no room for, before anything is built."""
+    blocks = [-(-count // size) for count in (tokens, kept) for size in (config.block_q, config.block_kv)]
     levels.image_shares(policy.density, *blocks, tiles=policy.tiles)
 
 

@@ -17,8 +17,8 @@ class LevelPolicy(FlashOmniPolicy):
     """Chooses as the paper's policy does, then writes random symbols of a given density over the choice.
 
     density: computed share of all (query block, KV block) pairs in a Dispatch step; tiles: share of active
-    tiles, None for as sparse along rows as along columns. Text is computed, whatever else is. The symbols
-    are drawn once a (context, layer), so that an Update costs what it costs with the paper's policy.
+    tiles, None for as sparse along rows as along columns. Text and given pictures are always computed. The
+    symbols are drawn once a (context, layer), so that an Update costs what it does with the paper's policy.
     """
 
     def __init__(self, density: float, tiles: float | None = None, seed: int = 0):
@@ -40,20 +40,19 @@ class LevelPolicy(FlashOmniPolicy):
         choice.symbols.skip.copy_(skip)
 
     def masks(self, layout: Layout, choice: Choice, seed: int) -> tuple[Tensor, Tensor]:
-        """bool [B, H, q_blocks], [B, H, q_blocks, kv_blocks], on the symbols' device; the text is True."""
+        """bool [B, H, q_blocks], [B, H, q_blocks, kv_blocks], on the device; True in what is kept."""
         s = choice.symbols
-        rows, columns = layout.text_blocks(s.block_q), layout.text_blocks(s.block_kv)
-        counts = s.q_blocks, s.kv_blocks, rows.stop - rows.start, columns.stop - columns.start
-        tiles, blocks = image_shares(self.density, *counts, tiles=self.tiles)
         device = s.cache.device
+        rows, columns = (kept_blocks(layout, block).to(device) for block in (s.block_q, s.block_kv))
+        counts = s.q_blocks, s.kv_blocks, int(rows.sum()), int(columns.sum())
+        tiles, blocks = image_shares(self.density, *counts, tiles=self.tiles)
         generator = torch.Generator(device).manual_seed(seed)
 
-        def chosen(shape: tuple[int, ...], text: slice, share: float) -> Tensor:
-            """As many of the last axis as `share` is of the image's blocks, and the text's."""
-            rank = torch.rand(shape, generator=generator, device=device)
-            rank[..., text] = -1.0
-            count = text.stop - text.start + round(share * (shape[-1] - (text.stop - text.start)))
-            return rank.argsort(-1).argsort(-1) < count
+        def chosen(shape: tuple[int, ...], kept: Tensor, share: float) -> Tensor:
+            """Of the last axis what is kept, and as many of the others as `share` says."""
+            rank = torch.rand(shape, generator=generator, device=device) - kept.float()
+            count = int(kept.sum())
+            return rank.argsort(-1).argsort(-1) < count + round(share * (shape[-1] - count))
 
         head = layout.batch, layout.heads
         cache = chosen((*head, s.q_blocks), rows, tiles)
@@ -63,30 +62,41 @@ class LevelPolicy(FlashOmniPolicy):
         return cache, skip
 
 
+def kept_blocks(layout: Layout, block: int) -> Tensor:
+    """bool [blocks]: those with any token that no policy may leave out, of text or of a given picture."""
+    kept = torch.zeros(-(-layout.tokens // block), dtype=torch.bool)
+    for segment in layout.segments:
+        if segment.kind != "image" and segment.length:
+            kept[segment.start // block : -(-(segment.start + segment.length) // block)] = True
+    return kept
+
+
 def image_shares(
     density: float,
     q_blocks: int,
     kv_blocks: int,
-    q_text: int,
-    kv_text: int,
+    q_kept: int,
+    kv_kept: int,
     *,
     tiles: float | None = None,
 ) -> tuple[float, float]:
     """(active share of the image's tiles, share of the image's blocks such a tile looks at) for a density.
 
-    ValueError where text, which is always computed, takes more, or the tiles are too few.
+    ValueError where what is always computed (kept) takes more, or the tiles are too few.
     """
-    image_rows, image_columns = q_blocks - q_text, kv_blocks - kv_text
-    wanted = density * q_blocks * kv_blocks - q_text * kv_blocks  # pairs of the image's rows
+    image_rows, image_columns = q_blocks - q_kept, kv_blocks - kv_kept
+    wanted = density * q_blocks * kv_blocks - q_kept * kv_blocks  # pairs of the image's rows
     if wanted < 0:
-        raise ValueError(f"density: expected at least the text's {q_text / q_blocks:.3f}, got {density}")
+        raise ValueError(
+            f"density: expected at least {q_kept / q_blocks:.3f}, which is always computed, got {density}"
+        )
     if tiles is None:
-        # image_rows * x * (kv_text + image_columns * x) = wanted
-        a, b = image_rows * image_columns, image_rows * kv_text
+        # image_rows * x * (kv_kept + image_columns * x) = wanted
+        a, b = image_rows * image_columns, image_rows * kv_kept
         share = (math.sqrt(b * b + 4 * a * wanted) - b) / (2 * a) if a else 1.0
         return share, share
-    share = (tiles * q_blocks - q_text) / image_rows if image_rows else 1.0
-    blocks = (wanted / (image_rows * share) - kv_text) / image_columns if share > 0 else -1.0
+    share = (tiles * q_blocks - q_kept) / image_rows if image_rows else 1.0
+    blocks = (wanted / (image_rows * share) - kv_kept) / image_columns if share > 0 else -1.0
     if not (share <= 1 and 0 <= blocks <= 1 + 1e-9):
         raise ValueError(
             f"tiles: expected a share of active tiles that a density of {density} can have, got {tiles}"
