@@ -132,8 +132,8 @@ E2E = {
         "arms": ("compiled", "eager"),
     },
     "hunyuanvideo": {"model": "hunyuanvideo", **VIDEO},
-    "wan-14b": {"model": "wan-14b", **VIDEO, "chosen": False},
     "qwen-image": {"model": "qwen-image", "sparsity": (0.46,), "arms": ("compiled", "eager")},
+    "wan-14b": {"model": "wan-14b", **VIDEO, "chosen": False},
 }
 
 
