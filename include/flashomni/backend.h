@@ -21,6 +21,7 @@ struct NormRopeArguments;
 struct NormRopeMeanArguments;
 struct TaylorUpdateArguments;
 struct TaylorForecastArguments;
+struct QuantizeArguments;
 
 /// What an operator may use besides its tensors. Operators never allocate.
 struct Context {
@@ -52,6 +53,7 @@ struct Backend {
   void (*norm_rope_mean)(const NormRopeMeanArguments&, const Context&);
   void (*taylor_update)(const TaylorUpdateArguments&, const Context&);
   void (*taylor_forecast)(const TaylorForecastArguments&, const Context&);
+  void (*quantize_fp8)(const QuantizeArguments&, const Context&);
 };
 
 /// The backend for `device`: the first of the table that serves it, or the one that FLASHOMNI_BACKEND names.

@@ -22,11 +22,25 @@ struct TaylorUpdateArguments {
 FLASHOMNI_API void taylor_update(const TaylorUpdateArguments& arguments, const Context& context);
 
 /// out = sum_i coefficients[i] * derivatives[i]; coefficients float32 [orders].
+///
+/// With scales (of every order or of none), the derivatives are what quantize_fp8 made of them.
 struct TaylorForecastArguments {
   int32_t orders = 1;
-  std::array<TensorView, kMaxOrder + 1> derivatives;
+  std::array<TensorView, kMaxOrder + 1> derivatives, scales;
   TensorView coefficients, out;
 };
 FLASHOMNI_API void taylor_forecast(const TaylorForecastArguments& arguments, const Context& context);
+
+/// Columns that share a scale.
+inline constexpr int64_t kScaleColumns = 128;
+
+/// values = x / scale in e4m3 (4 bits of exponent, 3 of mantissa, largest 448), rounded to the nearest, ties
+/// to even; each run of 128 columns of a row has a scale of its own, its largest magnitude / 448. x [.., W]
+/// of any float type; values uint8, of x's shape; scales float32 [.., ceil(W / 128)]. A run that holds an
+/// infinity reads back as NaN, a NaN is one NaN; magnitudes below 2^-100 count as 0.
+struct QuantizeArguments {
+  TensorView x, values, scales;
+};
+FLASHOMNI_API void quantize_fp8(const QuantizeArguments& arguments, const Context& context);
 
 }  // namespace flashomni

@@ -14,7 +14,7 @@
 namespace flashomni {
 
 /// Counts up whenever PluginTable, Context or an operator's arguments change.
-inline constexpr uint32_t kPluginAbi = 3;
+inline constexpr uint32_t kPluginAbi = 4;
 
 /// Why a plugin refused. No exception and no object that owns memory crosses into or out of a plugin.
 struct PluginStatus {
@@ -54,6 +54,7 @@ struct PluginTable {
   Operator<NormRopeMeanArguments> norm_rope_mean;
   Operator<TaylorUpdateArguments> taylor_update;
   Operator<TaylorForecastArguments> taylor_forecast;
+  Operator<QuantizeArguments> quantize_fp8;
 };
 
 /// Loads a plugin for the rest of the process and returns its backend's name. Loading the same file again

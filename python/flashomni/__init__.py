@@ -24,6 +24,7 @@ _EXPORTS = {
     "norm_rope_mean": "flashomni.ops",
     "taylor_update": "flashomni.ops",
     "taylor_forecast": "flashomni.ops",
+    "quantize_fp8": "flashomni.ops",
     "packbits": "flashomni.ops",
     "segment_packbits": "flashomni.ops",
     "flashomni_gemm": "flashomni.compat",

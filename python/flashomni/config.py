@@ -9,6 +9,8 @@ from typing import Any
 
 MAX_ORDER = 3
 BLOCKS = (64, 128)
+CACHE_DTYPES = ("model", "float8_e4m3")
+PLACES = ("device", "host")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Config:
     cooldown_steps: last steps that stay dense.
     ramp_power: tau_q and tau_kv are scaled by (step / steps)^ramp_power; 0 leaves them as they are.
     block_q, block_kv: tokens a block, 64 or 128.
+    cache_dtype: what is kept between Updates is of the model's dtype ("model"), or "float8_e4m3" with a scale
+        for every 128 columns: about half the memory, rounded to three bits of mantissa.
+    history: where what only Updates read is kept, "device" or "host": pinned memory, copied beside attention.
     policy: name of the policy that chooses the symbols.
     dense_layers: indices of transformer layers that stay dense.
     protect_conditions: tokens of pictures that are given (to edit) are never cached nor skipped, as text is.
@@ -46,6 +51,8 @@ class Config:
     ramp_power: float = 2.0
     block_q: int = 128
     block_kv: int = 128
+    cache_dtype: str = "model"
+    history: str = "device"
     policy: str = "flashomni"
     dense_layers: tuple[int, ...] = ()
     protect_conditions: bool = True
@@ -66,6 +73,9 @@ class Config:
         _check_number("ramp_power", self.ramp_power, "a finite number >= 0", lambda x: x >= 0)
         if not isinstance(self.policy, str) or not self.policy:
             raise TypeError(f"policy: expected a policy's name, got {self.policy!r}")
+        for name, known in (("cache_dtype", CACHE_DTYPES), ("history", PLACES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("protect_conditions", "cuda_graphs", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")

@@ -56,7 +56,8 @@ def describe(config: Config) -> str:
     shown = {letter: getattr(config, field) for field, letter in FIELDS.items()}
     if not shown["S_q"]:
         del shown["S_q"]
-    return " ".join(f"{letter}={value:g}" for letter, value in shown.items())
+    fp8 = ["fp8"] if config.cache_dtype != "model" else []
+    return " ".join([*(f"{letter}={value:g}" for letter, value in shown.items()), *fp8])
 
 
 def settings() -> list[Setting]:
@@ -66,6 +67,7 @@ def settings() -> list[Setting]:
     changes += [{"tau_kv": value} for value in (0.0, 0.3)]
     changes += [{"cache_interval": value} for value in (3, 8)]
     changes += [{"max_order": value} for value in (0, 1)]
+    changes += [{"max_order": value, "cache_dtype": "float8_e4m3"} for value in (0, 1, 2)]
     changes += [
         {"disable_cache_before_step": 6},
         {"tau_q": 0.9, "tau_kv": 0.3},

@@ -210,16 +210,29 @@ int64_t taylor_update(Tensor feature, Tensor derivative, OptionalTensor derivati
 }
 
 int64_t taylor_forecast(Tensor derivative, OptionalTensor derivative1, OptionalTensor derivative2,
-                        OptionalTensor derivative3, Tensor coefficients, Tensor out, OptionalTensor workspace,
-                        int64_t threads) {
+                        OptionalTensor derivative3, OptionalTensor scale, OptionalTensor scale1,
+                        OptionalTensor scale2, OptionalTensor scale3, Tensor coefficients, Tensor out,
+                        OptionalTensor workspace, int64_t threads) {
   return guarded([&] {
     TaylorForecastArguments arguments;
     arguments.orders =
         view_all({derivative, derivative1, derivative2, derivative3}, "derivatives", &arguments.derivatives);
+    view_all({scale, scale1, scale2, scale3}, "scales", &arguments.scales);
     arguments.coefficients = view(coefficients, "coefficients");
     arguments.out = view(out, "out");
     return run_within(arguments, make_context(derivative, threads), workspace,
                       &no_workspace<TaylorForecastArguments>, &flashomni::taylor_forecast);
+  });
+}
+
+int64_t quantize_fp8(Tensor x, Tensor values, Tensor scales, OptionalTensor workspace, int64_t threads) {
+  return guarded([&] {
+    QuantizeArguments arguments;
+    arguments.x = view(x, "x");
+    arguments.values = view(values, "values");
+    arguments.scales = view(scales, "scales");
+    return run_within(arguments, make_context(x, threads), workspace, &no_workspace<QuantizeArguments>,
+                      &flashomni::quantize_fp8);
   });
 }
 
@@ -235,5 +248,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope, norm_rope);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope_mean, norm_rope_mean);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(taylor_update, taylor_update);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(taylor_forecast, taylor_forecast);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_fp8, quantize_fp8);
 
 }  // namespace flashomni::bindings

@@ -27,7 +27,7 @@ inline constexpr bool kPlain =
 static_assert(
     kPlain<PluginTable, PluginStatus, Context, AttentionArguments, GemmQArguments, GemmOUpdateArguments,
            GemmODispatchArguments, BlockMeanArguments, SelectArguments, NormRopeArguments,
-           NormRopeMeanArguments, TaylorUpdateArguments, TaylorForecastArguments>);
+           NormRopeMeanArguments, TaylorUpdateArguments, TaylorForecastArguments, QuantizeArguments>);
 
 constexpr int kMaxDevices = 64;
 
@@ -202,6 +202,7 @@ struct Row {
   FLASHOMNI_PLUGIN_OPERATOR(norm_rope_mean, NormRopeMeanArguments)
   FLASHOMNI_PLUGIN_OPERATOR(taylor_update, TaylorUpdateArguments)
   FLASHOMNI_PLUGIN_OPERATOR(taylor_forecast, TaylorForecastArguments)
+  FLASHOMNI_PLUGIN_OPERATOR(quantize_fp8, QuantizeArguments)
 #undef FLASHOMNI_PLUGIN_OPERATOR_WITH_WORKSPACE
 #undef FLASHOMNI_PLUGIN_OPERATOR
 
@@ -225,6 +226,7 @@ struct Row {
         .norm_rope_mean = norm_rope_mean,
         .taylor_update = taylor_update,
         .taylor_forecast = taylor_forecast,
+        .quantize_fp8 = quantize_fp8,
     };
   }
 };

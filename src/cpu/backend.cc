@@ -72,6 +72,7 @@ const Backend& cpu_backend() {
       .norm_rope_mean = norm_then_mean,
       .taylor_update = run<&KernelTable::taylor_update, TaylorUpdateArguments>,
       .taylor_forecast = run<&KernelTable::taylor_forecast, TaylorForecastArguments>,
+      .quantize_fp8 = run<&KernelTable::quantize_fp8, QuantizeArguments>,
   };
   return backend;
 }

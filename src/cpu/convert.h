@@ -126,6 +126,26 @@ inline void from_floats(const float* in, T* out, int64_t n) {
   for (; i < n; ++i) from_float(in[i], out[i]);
 }
 
+/// One sign, four bits of exponent, three of mantissa; no infinity: what is too large becomes 448.
+struct E4M3 {
+  uint8_t bits;
+};
+inline float to_float(E4M3 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x80) << 24, magnitude = x.bits & 0x7F;
+  if (magnitude == 0x7F) return bits_to_float(0x7FC00000);
+  // Multiplying by 2^120 moves the exponent's bias over and makes subnormals normal.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 20) * bits_to_float(0x7B800000)));
+}
+inline void from_float(float x, E4M3& out) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7FFFFFFF;
+  // Below 2^-6, adding 2^14 lines the last bit up, and rounds.
+  const uint32_t small = float_to_bits(bits_to_float(magnitude) + 16384.0f) - 0x46800000;
+  uint32_t large = (magnitude - 0x3C000000 + 0x7FFFF + (magnitude >> 20 & 1)) >> 20;
+  large = large > 0x7E ? 0x7E : large;
+  const uint32_t rounded = magnitude < 0x3C800000 ? small : large;
+  out.bits = uint8_t(sign | (magnitude > 0x7F800000 ? 0x7F : rounded));
+}
+
 /// Calls f with a null pointer of the element type that `dtype` stands for.
 template <class F>
 inline void with_type(DType dtype, F&& f) {

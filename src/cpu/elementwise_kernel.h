@@ -142,6 +142,47 @@ inline void taylor_update_as(const TaylorUpdateArguments& a, int threads) {
 }
 
 template <class T>
+inline void forecast_fp8_as(const TaylorForecastArguments& a, int threads) {
+  const float* coefficients = static_cast<const float*>(a.coefficients.data);
+  for_runs(a.out, threads, [&](int64_t row, int64_t column, int64_t n) {
+    static_assert(kRun % kScaleColumns == 0);
+    float sum[kRun] = {};
+    for (int32_t i = 0; i < a.orders; ++i) {
+      const float c = coefficients[a.coefficients.strides[0] * i];
+      if (c == 0.0f) continue;  // an order without history may hold anything
+      const E4M3* values = flat_row<const E4M3>(a.derivatives[i], row) + column;
+      const float* scales = flat_row<const float>(a.scales[i], row) + column / kScaleColumns;
+      for (int64_t first = 0; first < n; first += kScaleColumns) {
+        const float scale = scales[first / kScaleColumns];
+        const int64_t end = at_most(first + kScaleColumns, n);
+        for (int64_t j = first; j < end; ++j) sum[j] += c * (scale * to_float(values[j]));
+      }
+    }
+    from_floats(sum, flat_row<T>(a.out, row) + column, n);
+  });
+}
+
+template <class T>
+inline void quantize_fp8_as(const QuantizeArguments& a, int threads) {
+  for_runs(a.x, threads, [&](int64_t row, int64_t column, int64_t n) {
+    float x[kRun];
+    to_floats(flat_row<const T>(a.x, row) + column, x, n);
+    E4M3* values = flat_row<E4M3>(a.values, row) + column;
+    float* scales = flat_row<float>(a.scales, row) + column / kScaleColumns;
+    for (int64_t first = 0; first < n; first += kScaleColumns) {
+      const int64_t end = at_most(first + kScaleColumns, n);
+      float most = 0;
+      for (int64_t j = first; j < end; ++j)
+        most = __builtin_fabsf(x[j]) > most ? __builtin_fabsf(x[j]) : most;
+      if (most < 0x1p-100f) most = 0;
+      const float inverse = most > 0 ? 448.0f / most : 0.0f;
+      scales[first / kScaleColumns] = most / 448.0f;
+      for (int64_t j = first; j < end; ++j) from_float(x[j] * inverse, values[j]);
+    }
+  });
+}
+
+template <class T>
 inline void taylor_forecast_as(const TaylorForecastArguments& a, int threads) {
   const float* coefficients = static_cast<const float*>(a.coefficients.data);
   for_runs(a.out, threads, [&](int64_t row, int64_t column, int64_t n) {
@@ -167,8 +208,13 @@ inline void taylor_update(const TaylorUpdateArguments& a, int threads) {
             [&](auto* t) { taylor_update_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
 }
 inline void taylor_forecast(const TaylorForecastArguments& a, int threads) {
-  with_type(a.out.dtype,
-            [&](auto* t) { taylor_forecast_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
+  with_type(a.out.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    a.scales[0].ndim >= 0 ? forecast_fp8_as<T>(a, threads) : taylor_forecast_as<T>(a, threads);
+  });
+}
+inline void quantize_fp8(const QuantizeArguments& a, int threads) {
+  with_type(a.x.dtype, [&](auto* t) { quantize_fp8_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ const KernelTable FLASHOMNI_JOIN(FLASHOMNI_ISA, _kernels) = {
     .norm_rope = FLASHOMNI_ISA::norm_rope,
     .taylor_update = FLASHOMNI_ISA::taylor_update,
     .taylor_forecast = FLASHOMNI_ISA::taylor_forecast,
+    .quantize_fp8 = FLASHOMNI_ISA::quantize_fp8,
 };
 
 }  // namespace flashomni::cpu

@@ -24,6 +24,7 @@ struct KernelTable {
   void (*norm_rope)(const NormRopeArguments&, int threads);
   void (*taylor_update)(const TaylorUpdateArguments&, int threads);
   void (*taylor_forecast)(const TaylorForecastArguments&, int threads);
+  void (*quantize_fp8)(const QuantizeArguments&, int threads);
 };
 
 // One definition for each instruction set that the build has (FLASHOMNI_CPU_HAS_*).

@@ -242,6 +242,11 @@ TEST_F(PluginZLoadedTest, AMissingOperatorIsNamedWithItsBackend) {
   forecast.coefficients = dispatch.coefficients;
   forecast.out = update.out;
   missing("taylor_forecast", [&] { taylor_forecast(forecast, context); });
+  QuantizeArguments quantize;
+  quantize.x = update.out;
+  quantize.values = gpu_.view(DType::kUInt8, {1, 100, 32});
+  quantize.scales = gpu_.view(DType::kFloat32, {1, 100, 1});
+  missing("quantize_fp8", [&] { quantize_fp8(quantize, context); });
 }
 
 }  // namespace

@@ -45,6 +45,8 @@ def test_an_unknown_preset_lists_the_known() -> None:
         ("ramp_power", -1, ValueError),
         ("block_q", 100, ValueError),
         ("block_kv", 32, ValueError),
+        ("cache_dtype", "float8", ValueError),
+        ("history", "disk", ValueError),
         ("policy", "", TypeError),
         ("dense_layers", 3, TypeError),
         ("dense_layers", (-1,), ValueError),

@@ -12,6 +12,7 @@ from flashomni import Config
 pytestmark = pytest.mark.gpu
 
 TEXT, HEIGHT, WIDTH, STEPS = 77, 24, 20, 16
+KEPT = [{}, {"cache_dtype": "float8_e4m3"}, {"history": "host"}]
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +72,10 @@ def denoise(model, engine, strict: bool = False) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("s_q", [0.0, 0.5, 1.0])
-def test_graphs_give_the_bits_of_eager_steps(order: int, s_q: float) -> None:
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_graphs_give_the_bits_of_eager_steps(order: int, s_q: float, kept: dict) -> None:
     model = tiny_transformer().to("cuda", torch.bfloat16)
-    settings = {"max_order": order, "s_q": s_q}
+    settings = {"max_order": order, "s_q": s_q} | kept
     eager = flashomni.enable(model, config(**settings))
     want, stats = denoise(model, eager), flashomni.stats(model)
     flashomni.disable(model)
@@ -88,10 +90,29 @@ def test_graphs_give_the_bits_of_eager_steps(order: int, s_q: float) -> None:
     flashomni.disable(model)
 
 
-def test_a_step_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("cache_dtype", ["model", "float8_e4m3"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_history_on_the_host_changes_no_bit(cache_dtype: str, order: int) -> None:
+    model = tiny_transformer().to("cuda", torch.bfloat16)
+    settings = {"max_order": order, "cache_dtype": cache_dtype}
+    runs = []
+    for history in ("device", "host"):
+        engine = flashomni.enable(model, config(history=history, **settings))
+        runs.append([*denoise(model, engine), *denoise(model, engine)])
+        held = engine.bytes_held()
+        assert (held["host_history"] > 0) == (history == "host") and (held["history"] > 0) != (
+            history == "host"
+        )
+        assert all(t.is_pinned() for s in engine.contexts.states() for t in s.tensors()["host_history"])
+        flashomni.disable(model)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_a_step_never_waits_for_the_device(kept: dict) -> None:
     model = tiny_transformer().to("cuda", torch.bfloat16)
     for graphs in (False, True):
-        engine = flashomni.enable(model, config(cuda_graphs=graphs, s_q=0.3))
+        engine = flashomni.enable(model, config(cuda_graphs=graphs, s_q=0.3, **kept))
         denoise(model, engine)
         denoise(model, engine)
         denoise(model, engine, strict=True)
@@ -118,11 +139,14 @@ def _on_cpu(model) -> list[torch.Tensor]:
     return outputs
 
 
-def test_memory_is_predicted() -> None:
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_memory_is_predicted(kept: dict) -> None:
     model = tiny_transformer().to("cuda", torch.bfloat16)
-    said = flashomni.memory(config(), model, image_tokens=HEIGHT * WIDTH, text_tokens=TEXT)
-    engine = flashomni.enable(model, config())
+    said = flashomni.memory(config(**kept), model, image_tokens=HEIGHT * WIDTH, text_tokens=TEXT)
+    engine = flashomni.enable(model, config(**kept))
     denoise(model, engine)
     held = flashomni.stats(model).bytes_held
-    assert abs(said.total - sum(held.values())) <= 0.02 * sum(held.values()), (said.by_kind, held)
+    assert held["host_history"] == said.host
+    there = sum(held.values()) - said.host
+    assert abs(said.total - there) <= 0.02 * there, (said.by_kind, held)
     flashomni.disable(model)

@@ -33,6 +33,23 @@ def test_it_is_what_a_run_holds(order: int, dtype: torch.dtype) -> None:
     assert said.total == sum(found.values())
 
 
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize(
+    "cache_dtype,history", [("float8_e4m3", "device"), ("model", "host"), ("float8_e4m3", "host")]
+)
+def test_it_is_what_is_held_wherever_it_is_kept(order: int, cache_dtype: str, history: str) -> None:
+    config = Config(max_order=order, cache_dtype=cache_dtype, history=history, **CONFIG)
+    pipe = tiny_pipeline(dtype=torch.bfloat16)
+    said = flashomni.memory(config, pipe, image_tokens=323, text_tokens=16)
+    assert said.by_kind == held(pipe, config)
+    plain = flashomni.memory(Config(max_order=order, **CONFIG), pipe, image_tokens=323, text_tokens=16)
+    if cache_dtype != "model":
+        assert said.by_kind["cached"] == (128 + 4) / 256 * plain.by_kind["cached"]
+    if history == "host":
+        assert said.by_kind["history"] == 0 and said.host * (order == 0) == 0
+        assert cache_dtype != "model" or said.host == plain.by_kind["history"]
+
+
 def test_guidance_and_batches_multiply_it() -> None:
     pipe, config = tiny_pipeline(), Config(**CONFIG)
     said = flashomni.memory(config, pipe, image_tokens=323, text_tokens=16, batch=2, contexts=2)

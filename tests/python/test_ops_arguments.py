@@ -109,6 +109,14 @@ def taylor_forecast_arguments() -> dict[str, Any]:
     }
 
 
+def quantize_arguments() -> dict[str, Any]:
+    return {
+        "x": torch.randn(3, 200),
+        "values": poison(3, 200, dtype=torch.float8_e4m3fn),
+        "scales": poison(3, 2, dtype=torch.float32),
+    }
+
+
 def block_mean_arguments() -> dict[str, Any]:
     return {"x": torch.randn(1, TOKENS, HEADS, DIM), "block": 64}
 
@@ -123,13 +131,14 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
     "norm_rope_mean": norm_rope_mean_arguments,
     "taylor_update": taylor_update_arguments,
     "taylor_forecast": taylor_forecast_arguments,
+    "quantize_fp8": quantize_arguments,
     "block_mean": block_mean_arguments,
 }
 
 
 def written(arguments: dict[str, Any]) -> list[torch.Tensor]:
     """Copies of everything an operator might write."""
-    tensors = [arguments.get(name) for name in ("out", "lse", "x", "mean", "similarity")]
+    tensors = [arguments.get(name) for name in ("out", "lse", "x", "mean", "similarity", "values", "scales")]
     tensors += [*arguments.get("cached", ()), *arguments.get("derivatives", ())]
     symbols = arguments.get("symbols")
     if isinstance(symbols, SparseSymbols):
@@ -262,6 +271,12 @@ BAD = [
     ("taylor_update", {"valid": 2}, ValueError, "^valid: expected 0 to 1, got 2"),
     ("taylor_forecast", {"coefficients": ones(1)}, ValueError, "^coefficients: "),
     ("taylor_forecast", {"out": ones(3, 39)}, ValueError, "^out: |^derivatives"),
+    ("quantize_fp8", {"x": ones(3, 201)}, ValueError, "^values: "),
+    ("quantize_fp8", {"x": ones(3, 200).int()}, TypeError, "^x: "),
+    ("quantize_fp8", {"values": ones(3, 200)}, TypeError, "^values: expected float8_e4m3fn"),
+    ("quantize_fp8", {"scales": ones(3, 1)}, ValueError, "^scales: "),
+    ("taylor_forecast", {"scales": [ones(3, 1)]}, ValueError, "^scales: expected 2 to 2"),
+    ("taylor_forecast", {"scales": [ones(3, 1)] * 2}, TypeError, "^derivatives: expected float8_e4m3fn"),
     ("norm_rope_mean", {"mean": ones(1, 2, HEADS, DIM)}, ValueError, "^mean: "),
     ("norm_rope_mean", {"mean": None}, TypeError, "^mean: "),
     ("norm_rope_mean", {"similarity": ones(1, 3, HEADS).half()}, TypeError, "^similarity: "),

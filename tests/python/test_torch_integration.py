@@ -68,7 +68,8 @@ def samples() -> dict[str, tuple]:
             *(1e-6, 0, TOKENS, 64),
         ),
         "taylor_update": (torch.randn(3, 50), [torch.randn(3, 50) for _ in range(3)], 5.0, 1),
-        "taylor_forecast": ([torch.randn(3, 50) for _ in range(3)], torch.ones(3), torch.zeros(3, 50)),
+        "taylor_forecast": ([torch.randn(3, 50) for _ in range(3)], [], torch.ones(3), torch.zeros(3, 50)),
+        "quantize_fp8": (torch.randn(3, 150), torch.zeros(3, 150, dtype=torch.uint8), torch.zeros(3, 2)),
         "packbits": (bits, True),
         "segment_packbits": (bits, torch.tensor([0, 9, 20], dtype=torch.int32), False),
     }
@@ -219,6 +220,7 @@ def test_the_schemas_tell_what_is_written() -> None:
         "norm_rope_mean": {"x", "mean", "similarity"},
         "taylor_update": {"derivatives"},
         "taylor_forecast": {"out"},
+        "quantize_fp8": {"values", "scales"},
         "packbits": set(),
         "segment_packbits": set(),
     }

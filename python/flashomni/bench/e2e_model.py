@@ -210,7 +210,7 @@ def _measure(here: Run, config: Config, level: Level, arm: str, plans, rounds: i
             tiles=[shares[key][1] for key in sample.keys],
             by_key={str(key): ms for key, ms in medians.items()},
             peak=peak(here.device),
-            held=sum(engine.bytes_held().values()),
+            held=sum(size for kind, size in engine.bytes_held().items() if kind != "host_history"),
             notes=dict(stats.notes),
             classes=by_class,
         )

@@ -62,13 +62,15 @@ def select_arms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -
     return arms
 
 
-def forecast_arms(like: torch.Tensor) -> dict[str, tuple[int, Callable]]:
+def forecast_arms(like: torch.Tensor) -> dict[str, tuple[float, Callable]]:
     """By name: how many tensors are moved, and the arm."""
-    arms: dict[str, tuple[int, Callable]] = {}
+    fp8 = (1 + 4 / 128) / like.itemsize  # of a tensor
+    arms: dict[str, tuple[float, Callable]] = {}
     for order in ORDERS:
         derivatives = [torch.randn_like(like) for _ in range(order + 1)]
         coefficients = torch.tensor([1.0, 2.0, 2.0, 4.0 / 3], device=like.device)[: order + 1].contiguous()
         out = torch.empty_like(like)
+        rows = out.flatten(2)  # as caches have them: all heads side by side
         arms[f"taylor_update D={order}"] = (
             2 + 2 * order,
             lambda d=derivatives, n=order: ops.taylor_update(like, d, gap=4, valid=n),
@@ -77,6 +79,13 @@ def forecast_arms(like: torch.Tensor) -> dict[str, tuple[int, Callable]]:
             2 + order,
             lambda d=derivatives, c=coefficients, o=out: ops.taylor_forecast(d, c, out=o),
         )
+        values, scales = zip(*(ops.quantize_fp8(d.flatten(2)) for d in derivatives), strict=True)
+        arms[f"taylor_forecast of fp8 D={order}"] = (
+            1 + (1 + order) * fp8,
+            lambda v=values, s=scales, c=coefficients, o=rows: ops.taylor_forecast(v, c, o, s),
+        )
+    values, scales = ops.quantize_fp8(like.flatten(2))
+    arms["quantize_fp8"] = (1 + fp8, lambda: ops.quantize_fp8(like.flatten(2), values, scales))
     return arms
 
 

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from flashomni import schedule
 from flashomni.config import Config
+from flashomni.engine.buffers import Buffers, bytes_of
 from flashomni.engine.graphs import StepGraphs
 from flashomni.engine.journal import Journal
+from flashomni.engine.kept import Traffic
 from flashomni.engine.layer import Attention, LayerRun
 from flashomni.engine.ledger import Ledger
 from flashomni.engine.scalars import StepScalars
-from flashomni.engine.state import Buffers, Contexts, bytes_of
+from flashomni.engine.state import Contexts
 from flashomni.engine.stats import RunStats, StatsRecorder
 from flashomni.policies import Policy
 
@@ -33,7 +35,7 @@ class Engine:
         self.config, self.layers, self.policy = config, layers, policy
         self.buffers, self.contexts = Buffers(), Contexts()
         self.ledger, self.stats = Ledger(), StatsRecorder(layers)
-        self.journal, self.scalars = Journal(), StepScalars()
+        self.journal, self.scalars, self.traffic = Journal(), StepScalars(), Traffic()
         self.graphs: StepGraphs | None = None
         self.plans: list[schedule.StepPlan] = []
         self.index = 0
@@ -108,6 +110,7 @@ class Engine:
     def end_pass(self, completed: bool) -> None:
         """The call of the model is over; one that failed may be tried again in the same context."""
         self._once.clear()
+        self.traffic.join()
         if not completed:
             self._passes = max(self._passes - 1, 0)
         elif self.ledger.enabled:
@@ -147,8 +150,10 @@ class Engine:
             self.graphs.clear()
 
     def bytes_held(self) -> dict[str, int]:
-        """Bytes by what they are for: symbols, cached products, history of O, scratch buffers."""
+        """Bytes by what they are for: symbols, cached products, history of O, scratch buffers, and apart from
+        these what is in the host's memory for a model on a GPU (host_history)."""
         held = {"symbols": 0, "cached": 0, "history": 0, "buffers": bytes_of(self.buffers.tensors())}
+        held["host_history"] = 0
         for state in self.contexts.states():
             for name, tensors in state.tensors().items():
                 held[name] += bytes_of(tensors)

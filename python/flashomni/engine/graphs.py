@@ -109,6 +109,7 @@ class StepGraphs:
             ):
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     result = forward(*args, **kwargs)
+                    engine.traffic.join()
         except RuntimeError as error:
             raise RuntimeError(
                 f"cuda_graphs: expected a model whose {engine.plan.kind} step can be captured, got: {error}. "

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from flashomni import ops
+from flashomni.engine.kept import Kept, forecast, unit
 from flashomni.engine.linear import apply_linear, norm_across_heads, norm_and_rope, why_not_plain
 from flashomni.engine.measure import Measures
-from flashomni.engine.state import LayerState, new_zeros
+from flashomni.engine.state import LayerState
 from flashomni.policies import Choice, Layout, Segment, Stats, Step
 
 
@@ -102,11 +103,12 @@ class LayerRun:
             engine.journal.later(partial(engine.stats.note, "dispatch without an update: dense"))
         if kind == "dispatch":
             outputs = self._dispatch()
-        elif kind == "update":
-            state.keeps_o = keeps_o
-            outputs = self._update()
         else:
-            outputs = self._full(plan.record and a.layer not in engine.config.dense_layers)
+            record = kind == "update" or (plan.record and a.layer not in engine.config.dense_layers)
+            if record:
+                state.keeps_o = keeps_o
+                self._prepare_history()
+            outputs = self._update() if kind == "update" else self._full(record)
         engine.journal.later(partial(_count, engine, a.layer, kind, state))
         return outputs
 
@@ -139,24 +141,12 @@ class LayerRun:
             coefficients = coefficients * state.asleep.weights[: state.orders]
         if state.keeps_o:
             with engine.ledger("forecast"):
-                ops.taylor_forecast(state.history[: state.orders], coefficients, out=self.o_heads)
+                forecast(state.history[: state.orders], coefficients, self.o_heads)
         if not state.reuse_all:
             self._attend(state.symbols)
         if state.keeps_o:
             return [self._dense(output) for output in self.a.outputs]
-        with engine.ledger("gemm_o"):
-            return [
-                ops.gemm_o_dispatch(
-                    self._rows(self.a.o, output),
-                    output.linear.weight,
-                    state.cached[i][: state.orders],
-                    coefficients,
-                    state.symbols,
-                    head_dim=self.a.head_dim,
-                    row_offset=output.start,
-                )
-                for i, output in enumerate(self.a.outputs)
-            ]
+        return [self._output_dispatch(i, coefficients) for i in range(len(self.a.outputs))]
 
     def _qkv(self) -> list[Tensor]:
         """Scratch for q, k and v, each [B, S, H, D]."""
@@ -230,6 +220,19 @@ class LayerRun:
             state.decide_rows()
         state.measure_density()
 
+    def _prepare_history(self) -> None:
+        """What of the history this step reads can come from the host while attention runs.
+
+        Where O itself is forecast, every Dispatch reads the history, so that it stays on the device.
+        """
+        engine, state = self.engine, self.state
+        on_host = engine.config.history == "host" and not state.keeps_o
+        if state.history and state.history[0].on_host != on_host:
+            state.drop_history()
+        valid, _ = state.history_of(engine)
+        for kept in state.history[:valid]:
+            kept.prefetch()
+
     def _record(self, *, keep: bool) -> list[Tensor]:
         """Feeds O to the history; [O, ΔO, .. Δ^v O], v as far as the history goes (arXiv 2503.06923).
 
@@ -242,30 +245,47 @@ class LayerRun:
         valid, gap = state.history_of(engine)
         if persistent == 0:
             return [self.o_heads]
+        on_host = engine.config.history == "host" and not state.keeps_o
         while len(state.history) < persistent:
-            state.history.append(new_zeros(tuple(self.o_heads.shape), self.a.o))
+            state.history.append(self._keep(f"history {len(state.history)}", self.o_heads, on_host))
         del state.history[persistent:]
-        derivatives = list(state.history[: valid + 1])
-        if len(derivatives) < valid + 1 and keep:
-            last = engine.buffers.take("last_difference", tuple(self.o_heads.shape), self.a.o)
-            derivatives.append(last)
+        kept = state.history[: valid + 1]
+        shares_last = len(kept) < valid + 1 and keep
+        reads = len(kept) if shares_last else len(kept) - 1
         with engine.ledger("forecast"):
-            ops.taylor_update(
-                self.o_heads, derivatives, gap=float(gap), valid=min(valid, len(derivatives) - 1)
-            )
+            derivatives = [one.read() if i < reads else one.space() for i, one in enumerate(kept)]
+            if shares_last:
+                shape = tuple(self.o_heads.shape)
+                derivatives.append(engine.buffers.take("last_difference", shape, self.a.o))
+            ops.taylor_update(self.o_heads, derivatives, gap=float(gap), valid=reads)
+            for one, tensor in zip(kept, derivatives, strict=False):
+                one.keep(tensor)
         engine.journal.now(partial(state.note_recorded, engine, valid + 1))
         return derivatives
+
+    def _keep(self, name: str, like: Tensor, on_host: bool = False) -> Kept:
+        engine = self.engine
+        return Kept(
+            name,
+            tuple(like.shape),
+            like,
+            engine.buffers,
+            fp8=engine.config.cache_dtype == "float8_e4m3",
+            traffic=engine.traffic if on_host else None,
+        )
 
     def _output_update(self, i: int, derivatives: list[Tensor]) -> Tensor:
         state, a = self.state, self.a
         output = a.outputs[i]
         o = self._rows(a.o, output)
-        shape = (o.shape[0], o.shape[1], output.linear.out_features)
         while len(state.cached) <= i:
             state.cached.append([])
         cached = state.cached[i]
         while len(cached) <= len(derivatives):
-            cached.append(new_zeros(shape, o))
+            product = o[..., :1].expand(-1, -1, output.linear.out_features)
+            cached.append(self._keep(f"product {len(cached)}", product))
+        kept = cached[: len(derivatives) + 1]
+        products = [one.space() for one in kept]
         out, _ = ops.gemm_o_update(
             o,
             output.linear.weight,
@@ -274,9 +294,32 @@ class LayerRun:
             head_dim=a.head_dim,
             row_offset=output.start,
             derivatives=[self._rows(d, output) for d in derivatives],
-            cached=cached[: len(derivatives) + 1],
+            cached=products,
         )
+        for one, product in zip(kept, products, strict=True):
+            one.keep(product)
         return out
+
+    def _output_dispatch(self, i: int, coefficients: Tensor) -> Tensor:
+        """The kernel adds orders of the model's own dtype: what is kept in e4m3 is forecast before."""
+        engine, state, output = self.engine, self.state, self.a.outputs[i]
+        kept = state.cached[i][: state.orders]
+        if kept[0].fp8:
+            with engine.ledger("forecast"):
+                products = [forecast(kept, coefficients, kept[0].space())]
+            coefficients = unit(self.a.o.device)
+        else:
+            products = [one.read() for one in kept]
+        with engine.ledger("gemm_o"):
+            return ops.gemm_o_dispatch(
+                self._rows(self.a.o, output),
+                output.linear.weight,
+                products,
+                coefficients,
+                state.symbols,
+                head_dim=self.a.head_dim,
+                row_offset=output.start,
+            )
 
     def _dense(self, output: Output) -> Tensor:
         o = self._rows(self.a.o, output)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashomni.config import Config
+from flashomni.ops.forecast import SCALE_COLUMNS
 
-KINDS = ("symbols", "cached", "history")
+KINDS = ("symbols", "cached", "history")  # on the device
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ class LayerMemory:
     symbols: int
     cached: int
     history: int
+    host_history: int = 0  # in the host's memory
 
     @property
     def total(self) -> int:
+        """On the device."""
         return self.symbols + self.cached + self.history
 
 
@@ -56,11 +59,17 @@ class Memory:
     def by_kind(self) -> dict[str, int]:
         """As RunStats.bytes_held says it of a run."""
         sums = {kind: sum(getattr(layer, kind) for layer in self.layers) for kind in KINDS}
-        return sums | {"buffers": self.buffers}
+        return sums | {"buffers": self.buffers, "host_history": self.host}
 
     @property
     def total(self) -> int:
-        return sum(self.by_kind.values())
+        """On the device."""
+        return sum(layer.total for layer in self.layers) + self.buffers
+
+    @property
+    def host(self) -> int:
+        """In the host's memory."""
+        return sum(layer.host_history for layer in self.layers)
 
     def __str__(self) -> str:
         def line(name: str, sizes: Sequence[int]) -> str:
@@ -75,6 +84,8 @@ class Memory:
         lines.append(line("all layers", [*kept, sum(kept)]))
         lines.append(f"{'scratch':<{width}} {'':>32} {self.buffers / 2**20:>10.1f}")
         lines.append(f"{'in all':<{width}} {'':>32} {self.total / 2**20:>10.1f}")
+        if self.host:
+            lines.append(f"{'on the host':<{width}} {'':>32} {self.host / 2**20:>10.1f}")
         return "\n".join(lines)
 
 
@@ -97,13 +108,24 @@ def predict(
 
 def _layer(config: Config, layer: LayerShape, batch: int, contexts: int, itemsize: int) -> LayerMemory:
     order = config.max_order
-    o = layer.tokens * layer.width
-    products = sum(rows * features for rows, features in layer.outputs)
-    cached = 0 if layer.keeps_o else (order + 1) * products
-    history = (order + 1 if layer.keeps_o else order) * o
-    each = batch * contexts * itemsize
+    each = batch * contexts
+
+    def kept(rows: int, width: int) -> int:
+        return each * sum(size for _, size in _forms(config, rows, width, itemsize))
+
+    cached = 0 if layer.keeps_o else (order + 1) * sum(kept(*output) for output in layer.outputs)
+    history = (order + 1 if layer.keeps_o else order) * kept(layer.tokens, layer.width)
     symbols = contexts * _symbol_bytes(config, layer, batch)
-    return LayerMemory(layer.name, symbols, each * cached, each * history)
+    if config.history == "host" and not layer.keeps_o:
+        return LayerMemory(layer.name, symbols, cached, 0, history)
+    return LayerMemory(layer.name, symbols, cached, history)
+
+
+def _forms(config: Config, rows: int, width: int, itemsize: int) -> list[tuple[str, int]]:
+    """The tensors that a kept tensor of [rows, width] is made of: (what they are, bytes)."""
+    if config.cache_dtype == "model":
+        return [("", rows * width * itemsize)]
+    return [(" values", rows * width), (" scales", rows * -(-width // SCALE_COLUMNS) * 4)]
 
 
 def _symbol_bytes(config: Config, layer: LayerShape, batch: int) -> int:
@@ -116,8 +138,27 @@ def _scratch_bytes(config: Config, layers: Sequence[LayerShape], batch: int, ite
     """Tensors of one name and size are one tensor."""
     tensors: set[tuple[str, int]] = set()
     for index, layer in enumerate(layers):
-        o = layer.tokens * layer.width
-        tensors |= {("q", o), ("k", o), ("v", o), *layer.scratch}
-        if config.max_order > 0 and not layer.keeps_o and index not in config.dense_layers:
-            tensors.add(("last_difference", o))
-    return batch * itemsize * sum(size for _, size in tensors)
+        o = layer.tokens * layer.width * itemsize
+        tensors |= {("q", o), ("k", o), ("v", o)}
+        tensors |= {(name, size * itemsize) for name, size in layer.scratch}
+        if index not in config.dense_layers:
+            tensors |= _kept_scratch(config, layer, itemsize)
+    return batch * sum(size for _, size in tensors)
+
+
+def _kept_scratch(config: Config, layer: LayerShape, itemsize: int) -> set[tuple[str, int]]:
+    """What kept tensors go through on their way."""
+    order, o = config.max_order, layer.tokens * layer.width * itemsize
+    tensors: set[tuple[str, int]] = set()
+    if order > 0 and not layer.keeps_o:
+        tensors.add(("last_difference", o))
+    for i in range(order + 1 if layer.keeps_o else order):
+        if config.cache_dtype != "model":
+            tensors.add((f"history {i}", o))
+        if config.history == "host" and not layer.keeps_o:
+            forms = _forms(config, layer.tokens, layer.width, itemsize)
+            tensors |= {(f"history {i}{form}", size) for form, size in forms}
+    if config.cache_dtype != "model" and not layer.keeps_o:
+        products = [rows * features * itemsize for rows, features in layer.outputs]
+        tensors |= {(f"product {i}", size) for i in range(order + 1) for size in products}
+    return tensors

@@ -1,57 +1,17 @@
-"""What is kept between steps: symbols, cached products and histories a (context, layer), scratch tensors."""
+"""What is kept between steps a (context, layer): symbols, cached products, histories."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from flashomni.engine.buffers import new_zeros
+from flashomni.engine.kept import Kept
 from flashomni.policies import Segment
 from flashomni.symbols import SparseSymbols, pack
-
-
-class Buffers:
-    """Scratch tensors that all layers of an engine share: one a (name, shape, dtype, device).
-
-    What take() returns is valid until the same name is taken again, and holds whatever was last written
-    there."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[tuple, Tensor] = {}
-        self._used: set[tuple] = set()
-
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        key = (name, shape, like.dtype, like.device)
-        self._used.add(key)
-        tensor = self._tensors.get(key)
-        if tensor is None:
-            tensor = self._tensors[key] = new_zeros(shape, like)
-        return tensor
-
-    def drop_unused(self) -> None:
-        """Frees what has not been taken since the last call: shapes of a run that is over."""
-        self._tensors = {key: tensor for key, tensor in self._tensors.items() if key in self._used}
-        self._used = set()
-
-    @contextmanager
-    def watched(self) -> Iterator[dict[tuple, Tensor]]:
-        """Gives a dict that, when it ends, holds what was taken inside: for touch()."""
-        before, self._used, taken = self._used, set(), {}
-        try:
-            yield taken
-        finally:
-            taken.update((key, self._tensors[key]) for key in self._used)
-            self._used |= before
-
-    def touch(self, taken: dict[tuple, Tensor]) -> None:
-        """Counts these as taken again, by a replayed graph."""
-        self._used.update(taken)
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from self._tensors.values()
 
 
 class Asleep:
@@ -117,8 +77,8 @@ class LayerState:
 
     shape: tuple  # (batch, tokens, heads, head_dim, dtype, device): a change makes a new state
     symbols: SparseSymbols
-    cached: list[list[Tensor]] = field(default_factory=list)  # per output projection, D + 1 of [B, M, N]
-    history: list[Tensor] = field(default_factory=list)  # differences of O, each [B, S, H * head_dim]
+    cached: list[list[Kept]] = field(default_factory=list)  # per output projection, D + 1 of [B, M, N]
+    history: list[Kept] = field(default_factory=list)  # differences of O, each [B, S, H * head_dim]
     recorded: int = 0  # steps in a row whose O entered the history
     recorded_step: int = -1
     updated_step: int = -1  # the Update whose symbols and caches these are
@@ -163,7 +123,7 @@ class LayerState:
         density = (cache.unsqueeze(-1) & skip).float().mean((0, 2, 3))
         measured = torch.stack([density, cache.float().mean((0, 2))])
         if self.measured is None:
-            self.measured = new_zeros(tuple(measured.shape), measured)
+            self.measured = new_zeros(tuple(measured.shape), measured.dtype, measured.device)
         self.measured.copy_(measured)
 
     def keep_density(self) -> None:
@@ -186,6 +146,9 @@ class LayerState:
         valid = min(self.recorded, engine.config.max_order) if self.recorded and gap > 0 else 0
         return valid, max(gap, 1) if valid else 1
 
+    def drop_history(self) -> None:
+        self.history, self.recorded, self.recorded_step = [], 0, -1
+
     def reset(self) -> None:
         """Forgets the run, keeps the memory."""
         self.recorded, self.recorded_step, self.updated_step = 0, -1, -1
@@ -195,8 +158,9 @@ class LayerState:
         """Tensors by what they are for."""
         return {
             "symbols": [t for t in (self.symbols.cache, self.symbols.skip) if t is not None],
-            "cached": [t for output in self.cached for t in output],
-            "history": list(self.history),
+            "cached": [t for output in self.cached for kept in output for t in kept.parts],
+            "history": [t for kept in self.history if not kept.on_host for t in kept.parts],
+            "host_history": [t for kept in self.history if kept.on_host for t in kept.parts],
         }
 
 
@@ -236,13 +200,3 @@ class Contexts:
     def states(self) -> Iterator[LayerState]:
         for layers in self._states.values():
             yield from layers.values()
-
-
-def new_zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Contiguous zeros that may be written in and out of inference mode."""
-    with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-
-def bytes_of(tensors) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

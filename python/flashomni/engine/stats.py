@@ -45,7 +45,7 @@ class RunStats:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{self.steps[kind]} {kind}" for kind in KINDS)
-        held = sum(self.bytes_held.values())
+        held = sum(size for kind, size in self.bytes_held.items() if kind != "host_history")
         parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.bytes_held.items())
         lines = [
             f"steps    {self.steps_done} of {self.num_steps}: {kinds}; {self.passes} passes",

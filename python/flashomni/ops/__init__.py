@@ -8,7 +8,7 @@ come before anything is written.
 
 from flashomni.ops.attention import sparse_attention
 from flashomni.ops.bits import packbits, segment_packbits
-from flashomni.ops.forecast import taylor_forecast, taylor_update
+from flashomni.ops.forecast import quantize_fp8, taylor_forecast, taylor_update
 from flashomni.ops.gemm import gemm_o_dispatch, gemm_o_update, gemm_q
 from flashomni.ops.select import block_mean, norm_rope, norm_rope_mean, select_flashomni
 
@@ -20,6 +20,7 @@ __all__ = [
     "norm_rope",
     "norm_rope_mean",
     "packbits",
+    "quantize_fp8",
     "segment_packbits",
     "select_flashomni",
     "sparse_attention",

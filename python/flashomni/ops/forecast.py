@@ -10,6 +10,7 @@ from torch import Tensor
 from flashomni.ops._dispatch import define, expect_integer, invoke, is_direct, no_result, orders
 
 _ORDERS = 4
+SCALE_COLUMNS = 128  # of a row of a quantised tensor, that share a scale
 
 
 def _call_update(feature: Tensor, derivatives: Sequence[Tensor], gap: float, valid: int) -> None:
@@ -17,9 +18,16 @@ def _call_update(feature: Tensor, derivatives: Sequence[Tensor], gap: float, val
     invoke("taylor_update", feature, feature, *padded, gap, valid)
 
 
-def _call_forecast(derivatives: Sequence[Tensor], coefficients: Tensor, out: Tensor) -> None:
+def _call_forecast(
+    derivatives: Sequence[Tensor], scales: Sequence[Tensor], coefficients: Tensor, out: Tensor
+) -> None:
     padded = (*derivatives, *(None,) * (_ORDERS - len(derivatives)))
-    invoke("taylor_forecast", out, *padded, coefficients, out)
+    padded_scales = (*scales, *(None,) * (_ORDERS - len(scales)))
+    invoke("taylor_forecast", out, *padded, *padded_scales, coefficients, out)
+
+
+def _call_quantize(x: Tensor, values: Tensor, scales: Tensor) -> None:
+    invoke("quantize_fp8", x, x, values, scales)
 
 
 _update_operator = define(
@@ -28,9 +36,12 @@ _update_operator = define(
     no_result,
 )
 _forecast_operator = define(
-    "taylor_forecast(Tensor[] derivatives, Tensor coefficients, Tensor(a!) out) -> ()",
+    "taylor_forecast(Tensor[] derivatives, Tensor[] scales, Tensor coefficients, Tensor(a!) out) -> ()",
     _call_forecast,
     no_result,
+)
+_quantize_operator = define(
+    "quantize_fp8(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()", _call_quantize, no_result
 )
 
 
@@ -51,18 +62,67 @@ def taylor_update(feature: Tensor, derivatives: Sequence[Tensor], *, gap: float,
     (_call_update if direct else _update_operator)(feature, list(derivatives), gap, valid)
 
 
-def taylor_forecast(derivatives: Sequence[Tensor], coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+def taylor_forecast(
+    derivatives: Sequence[Tensor],
+    coefficients: Tensor,
+    out: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
+) -> Tensor:
     """out = sum_i coefficients[i] * derivatives[i].
 
     derivatives: D + 1 tensors of one shape and dtype, D <= 3; coefficients: float32 [D + 1] on their device.
+    scales: those of quantize_fp8, one a derivative, where the derivatives are its values; `out` must be given
+        then.
 
     Returns out. Raises ValueError or TypeError that names the argument, RuntimeError for tensors that require
     grad.
     """
     orders("derivatives", derivatives, 1, _ORDERS)
-    names = ("coefficients", "out", *("derivatives",) * len(derivatives))
-    direct = is_direct(names, (coefficients, out, *derivatives), 1)
+    scaled = [] if scales is None else list(scales)
+    if scaled:
+        orders("scales", scaled, len(derivatives), len(derivatives))
+    names = ("coefficients", "out", *("derivatives",) * len(derivatives), *("scales",) * len(scaled))
+    direct = is_direct(names, (coefficients, out, *derivatives, *scaled), 1)
+    parts = [_bits(part) for part in derivatives] if scaled else list(derivatives)
     if out is None:
+        if scaled:
+            raise TypeError("out: expected a tensor, as the derivatives are quantised, got None")
         out = torch.empty_like(derivatives[0], memory_format=torch.contiguous_format)
-    (_call_forecast if direct else _forecast_operator)(list(derivatives), coefficients, out)
+    (_call_forecast if direct else _forecast_operator)(parts, scaled, coefficients, out)
     return out
+
+
+def quantize_fp8(
+    x: Tensor, values: Tensor | None = None, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x / scale as float8_e4m3fn, each run of 128 columns of a row with a scale of its own: its largest
+    magnitude / 448.
+
+    x: [.., W] of any float type. values: float8_e4m3fn of x's shape, scales: float32 [.., ceil(W / 128)], to
+        write into; new ones unless given.
+
+    Rounds to the nearest, ties to even. A run with an infinity reads back as NaN. taylor_forecast reads the
+    result. Returns (values, scales). Raises ValueError or TypeError that names the argument, RuntimeError for
+    tensors that require grad.
+    """
+    direct = is_direct(("x", "values", "scales"), (x, values, scales), 1)
+    if x.ndim == 0:
+        raise ValueError("x: expected at least one dimension, got a scalar")
+    if values is None:
+        values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    if scales is None:
+        scales = torch.empty(scales_shape(x.shape), dtype=torch.float32, device=x.device)
+    (_call_quantize if direct else _quantize_operator)(x, _bits(values, "values"), scales)
+    return values, scales
+
+
+def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the scales of a tensor of this shape."""
+    return (*shape[:-1], -(-shape[-1] // SCALE_COLUMNS))
+
+
+def _bits(values: Tensor, name: str = "derivatives") -> Tensor:
+    """float8 as the library takes it: its bytes."""
+    if values.dtype is not torch.float8_e4m3fn:
+        raise TypeError(f"{name}: expected float8_e4m3fn, got {str(values.dtype).removeprefix('torch.')}")
+    return values.view(torch.uint8)

@@ -233,6 +233,7 @@ void taylor_update(const TaylorUpdateArguments& a, const Context& context) {
 }
 
 void taylor_forecast(const TaylorForecastArguments& a, const Context& context) {
+  if (a.scales[0].present()) return forecast_fp8(a, context);
   const TensorView* views[kMostOrders + 1];
   for (int i = 0; i < a.orders; ++i) views[i] = &a.derivatives[i];
   views[a.orders] = &a.out;

@@ -158,6 +158,7 @@ PluginTable make_table() {
   table.taylor_update = run<taylor_update, device_of_derivatives<TaylorUpdateArguments>, TaylorUpdateArguments>;
   table.taylor_forecast =
       run<taylor_forecast, device_of_derivatives<TaylorForecastArguments>, TaylorForecastArguments>;
+  table.quantize_fp8 = run<quantize_fp8, device_of_x<QuantizeArguments>, QuantizeArguments>;
   return table;
 }
 

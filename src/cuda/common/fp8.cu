@@ -1,0 +1,234 @@
+// To e4m3 with a scale for every 128 columns of a row, and forecasts from there. Sixteen lanes hold 128 columns, so a
+// scale is one reduction among neighbours.
+#include <cuda_fp8.h>
+
+#include <algorithm>
+
+#include "src/cuda/common/elementwise.h"
+#include "src/cuda/common/half_run.cuh"
+#include "src/cuda/common/launch.h"
+
+namespace flashomni::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRunsAThread = 2;
+constexpr int kMostOrders = kMaxOrder + 1;
+constexpr int kLanesAScale = kScaleColumns / kRun;
+constexpr float kLargest = 448, kNothing = 0x1p-100f;
+
+struct alignas(8) Fp8Run {
+  __nv_fp8x2_storage_t pair[kRun / 2];
+};
+
+/// A tensor as rows of its last dimension.
+struct Rows {
+  void* data;
+  int64_t strides[3];  // of the leading dimensions, the last one first
+};
+
+struct Fp8Problem {
+  Rows values[kMostOrders], scales[kMostOrders], plain;  // plain: x, or the forecast
+  const float* coefficients;
+  int64_t coefficient_stride, width;
+  int64_t rows;
+  uint32_t sizes[2];     // of the leading dimensions, the last one first; the third follows from them
+  uint32_t runs_a_row;   // a multiple of kLanesAScale: groups of lanes do not cross rows
+  bool plain_aligned, values_aligned;
+};
+
+struct Place {
+  uint32_t index[3];
+  int64_t column;
+  int count;  // columns of this run; 0 or less past the end of a row
+
+  __device__ Place(const Fp8Problem& p, int64_t run) {
+    const uint32_t row = static_cast<uint32_t>(run / p.runs_a_row), rest = row / p.sizes[0];
+    column = (run - int64_t(row) * p.runs_a_row) * kRun;
+    count = static_cast<int>(row < p.rows ? min(int64_t(kRun), p.width - column) : 0);
+    index[0] = row - rest * p.sizes[0];
+    index[2] = rest / p.sizes[1];
+    index[1] = rest - index[2] * p.sizes[1];
+  }
+  template <class Element>
+  __device__ Element* row_of(const Rows& rows) const {
+    return static_cast<Element*>(rows.data) + index[0] * rows.strides[0] + index[1] * rows.strides[1] +
+           index[2] * rows.strides[2];
+  }
+  __device__ float* scale_of(const Rows& rows) const { return row_of<float>(rows) + column / kScaleColumns; }
+};
+
+/// Run number `i` of this thread.
+__device__ inline int64_t run_of_thread(int i) {
+  return (int64_t(blockIdx.x) * kRunsAThread + i) * kThreads + threadIdx.x;
+}
+
+__device__ inline Fp8Run to_fp8(const float (&x)[kRun], float inverse) {
+  Fp8Run run;
+#pragma unroll
+  for (int i = 0; i < kRun; i += 2)
+    run.pair[i / 2] =
+        __nv_cvt_float2_to_fp8x2(make_float2(x[i] * inverse, x[i + 1] * inverse), __NV_SATFINITE, __NV_E4M3);
+  return run;
+}
+__device__ inline void from_fp8(const Fp8Run& run, float (&x)[kRun]) {
+#pragma unroll
+  for (int i = 0; i < kRun; i += 2) {
+    const float2 pair = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(run.pair[i / 2], __NV_E4M3)));
+    x[i] = pair.x, x[i + 1] = pair.y;
+  }
+}
+
+template <class Element>
+__global__ void __launch_bounds__(kThreads) quantize_fp8_kernel(const __grid_constant__ Fp8Problem p) {
+#pragma unroll
+  for (int i = 0; i < kRunsAThread; ++i) {
+    const Place place(p, run_of_thread(i));
+    const Element* from = place.row_of<const Element>(p.plain) + place.column;
+    HalfRun<Element> run{};
+    if (place.count == kRun) {
+      run = load_run(from, p.plain_aligned);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kRun; ++e)
+        if (e < place.count) run.element[e] = from[e];
+    }
+    float x[kRun], most = 0;
+    to_floats(run, x);
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) most = fmaxf(most, fabsf(x[e]));  // passes over a NaN
+#pragma unroll
+    for (int distance = kLanesAScale / 2; distance > 0; distance /= 2)
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
+    if (most < kNothing) most = 0;
+    if (place.count <= 0) continue;
+    if (place.column % kScaleColumns == 0) *place.scale_of(p.scales[0]) = most / kLargest;
+    const Fp8Run values = to_fp8(x, most > 0 ? kLargest / most : 0.0f);
+    uint8_t* to = place.row_of<uint8_t>(p.values[0]) + place.column;
+    if (place.count == kRun && p.values_aligned) {
+      *reinterpret_cast<Fp8Run*>(to) = values;
+    } else {
+#pragma unroll
+      for (int e = 0; e < kRun; ++e)
+        if (e < place.count) to[e] = static_cast<uint8_t>(values.pair[e / 2] >> (e % 2 * 8));
+    }
+  }
+}
+
+template <class Element, int kOrders>
+__global__ void __launch_bounds__(kThreads) forecast_fp8_kernel(const __grid_constant__ Fp8Problem p) {
+  float coefficients[kOrders];
+#pragma unroll
+  for (int order = 0; order < kOrders; ++order)
+    coefficients[order] = p.coefficients[order * p.coefficient_stride];
+  Fp8Run terms[kRunsAThread][kOrders];
+  float factors[kRunsAThread][kOrders];
+#pragma unroll
+  for (int i = 0; i < kRunsAThread; ++i) {
+    const Place place(p, run_of_thread(i));
+#pragma unroll
+    for (int order = 0; order < kOrders; ++order) {
+      if (place.count <= 0 || coefficients[order] == 0) continue;  // an order without history may hold anything
+      const uint8_t* from = place.row_of<const uint8_t>(p.values[order]) + place.column;
+      factors[i][order] = *place.scale_of(p.scales[order]);
+      if (place.count == kRun && p.values_aligned) {
+        terms[i][order] = *reinterpret_cast<const Fp8Run*>(from);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kRun; e += 2)
+          terms[i][order].pair[e / 2] = static_cast<__nv_fp8x2_storage_t>(
+              (e < place.count ? from[e] : 0) | (e + 1 < place.count ? from[e + 1] : 0) << 8);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRunsAThread; ++i) {
+    const Place place(p, run_of_thread(i));
+    if (place.count <= 0) continue;
+    float sum[kRun] = {};
+#pragma unroll
+    for (int order = 0; order < kOrders; ++order) {
+      if (coefficients[order] == 0) continue;
+      float term[kRun];
+      from_fp8(terms[i][order], term);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) sum[e] += coefficients[order] * (factors[i][order] * term[e]);
+    }
+    const HalfRun<Element> run = from_floats<Element>(sum);
+    Element* to = place.row_of<Element>(p.plain) + place.column;
+    if (place.count == kRun) {
+      store_run(to, run, p.plain_aligned);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kRun; ++e)
+        if (e < place.count) to[e] = run.element[e];
+    }
+  }
+}
+
+Rows rows_of(const TensorView& view) {
+  Rows rows{view.data, {}};
+  for (int d = view.ndim - 2, i = 0; d >= 0; --d, ++i) rows.strides[i] = view.strides[d];
+  return rows;
+}
+
+/// Whether runs of eight columns start at multiples of `bytes`.
+bool is_aligned(const TensorView& view, int64_t element_bytes, uintptr_t bytes) {
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % bytes == 0;
+  for (int d = 0; d + 1 < view.ndim; ++d)
+    aligned = aligned && (view.shape[d] == 1 || view.strides[d] * element_bytes % int64_t(bytes) == 0);
+  return aligned;
+}
+
+Fp8Problem problem_of(const TensorView& plain, const TensorView* values, const TensorView* scales, int orders) {
+  Fp8Problem p{};
+  p.plain = rows_of(plain), p.plain_aligned = is_aligned(plain, 2, 16);
+  p.values_aligned = true;
+  for (int i = 0; i < orders; ++i) {
+    p.values[i] = rows_of(values[i]), p.scales[i] = rows_of(scales[i]);
+    p.values_aligned = p.values_aligned && is_aligned(values[i], 1, 8);
+  }
+  p.width = plain.size(plain.ndim - 1);
+  p.rows = plain.numel() / p.width;
+  for (int i = 0; i < 2; ++i)
+    p.sizes[i] = plain.ndim - 2 - i >= 0 ? static_cast<uint32_t>(plain.size(plain.ndim - 2 - i)) : 1;
+  p.runs_a_row = static_cast<uint32_t>(ceil_div(p.width, kScaleColumns) * kLanesAScale);
+  if (p.rows > INT32_MAX || ceil_div(p.rows * p.runs_a_row, kThreads * kRunsAThread) > INT32_MAX)
+    fail(ErrorKind::kNotImplemented, "x", "at most 2^31 rows", describe(plain));
+  return p;
+}
+
+dim3 grid_of(const Fp8Problem& p) {
+  return dim3(static_cast<unsigned>(ceil_div(p.rows * p.runs_a_row, kThreads * kRunsAThread)));
+}
+
+}  // namespace
+
+void quantize_fp8(const QuantizeArguments& a, const Context& context) {
+  const Fp8Problem p = problem_of(a.x, &a.values, &a.scales, 1);
+  with_half_type(a.x.dtype, "x", [&](auto* type) {
+    quantize_fp8_kernel<std::remove_pointer_t<decltype(type)>>
+        <<<grid_of(p), kThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
+  });
+  check_cuda(cudaGetLastError(), "quantize_fp8_kernel");
+}
+
+void forecast_fp8(const TaylorForecastArguments& a, const Context& context) {
+  Fp8Problem p = problem_of(a.out, a.derivatives.data(), a.scales.data(), a.orders);
+  p.coefficients = a.coefficients.as<const float>();
+  p.coefficient_stride = a.orders > 1 ? a.coefficients.strides[0] : 0;
+  with_half_type(a.out.dtype, "out", [&](auto* type) {
+    using Element = std::remove_pointer_t<decltype(type)>;
+    const auto launch = [&](auto orders) {
+      forecast_fp8_kernel<Element, decltype(orders)::value>
+          <<<grid_of(p), kThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
+    };
+    if (a.orders == 1) return launch(std::integral_constant<int, 1>());
+    if (a.orders == 2) return launch(std::integral_constant<int, 2>());
+    if (a.orders == 3) return launch(std::integral_constant<int, 3>());
+    launch(std::integral_constant<int, kMostOrders>());
+  });
+  check_cuda(cudaGetLastError(), "forecast_fp8_kernel");
+}
+
+}  // namespace flashomni::cuda

@@ -1,0 +1,116 @@
+"""Caches in e4m3 and a history in the host's memory: what the engine makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graph_stand_in import StandIn
+from test_engine import WIDTH, Toy, config, inputs
+from test_engine_device import BySign, GraphedToy, device_decides, twins  # noqa: F401
+from torch import nn
+
+from flashomni.engine import layer
+from flashomni.engine.kept import Kept
+from flashomni.policies import RandomPolicy
+
+FP8, HOST = {"cache_dtype": "float8_e4m3"}, {"history": "host"}
+KINDS = [FP8, HOST, FP8 | HOST]
+
+
+def alike(first: Toy, kind: type[Toy] = Toy, **changes) -> Toy:
+    """A toy of the same weights."""
+    second = kind(config(**changes), first.engine.policy, layers=first.layers)
+    second.q, second.k, second.v, second.out = first.q, first.k, first.v, first.out
+    return second
+
+
+class Wrapped(nn.Linear):
+    """No plain linear layer: O itself is forecast."""
+
+
+class Rounded(Kept):
+    """What e4m3 means, by torch's own rounding: kept as it is, and rounded when it is read."""
+
+    def __init__(self, *args, fp8, traffic):
+        super().__init__(*args)
+        self.stored = None
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        runs = []
+        for run in tensor.split(128, -1):
+            largest = run.abs().amax(-1, keepdim=True)
+            inverse = torch.where(largest > 0, 448 / largest, 0.0)
+            runs.append((run * inverse).to(torch.float8_e4m3fn).float() * (largest / 448))
+        self.stored = torch.cat(runs, -1)
+
+    def read(self) -> torch.Tensor:
+        return self.stored.clone()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_e4m3_rounds_what_is_kept_and_nothing_else(order: int, monkeypatch) -> None:
+    first = Toy(config(max_order=order), RandomPolicy(0.3, 0.5), layers=2)
+    fp8, rounded = alike(first, max_order=order, **FP8), alike(first, max_order=order)
+    steps = inputs(14)
+    got = fp8.run(steps)
+    monkeypatch.setattr(layer, "Kept", Rounded)
+    for t, (a, b) in enumerate(zip(got, rounded.run(steps), strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, t=t: f"step {t}: {m}")
+    monkeypatch.undo()
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, first.run(steps), strict=True)]
+    kinds = [plan.kind for plan in fp8.engine.plans]
+    assert all((error == 0) == (kind != "dispatch") for error, kind in zip(errors, kinds, strict=True))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("kept", [{}, FP8], ids=["as it is", "e4m3"])
+def test_a_history_on_the_host_changes_no_bit(order: int, kept: dict) -> None:
+    first = Toy(config(max_order=order, **kept), RandomPolicy(0.3, 0.5), layers=2)
+    second = alike(first, max_order=order, **kept, **HOST)
+    for steps in (inputs(14), inputs(11, tokens=200)):
+        for a, b in zip(first.run(steps), second.run(steps), strict=True):
+            assert torch.equal(a, b)
+    held = second.engine.bytes_held()
+    assert held["history"] == 0 and held["host_history"] == first.engine.bytes_held()["history"] > 0
+
+
+@pytest.mark.parametrize("kept", KINDS, ids=str)
+def test_a_forecast_of_o_itself(kept: dict) -> None:
+    """Every Dispatch reads the history then: it stays on the device. Modules may change between runs."""
+    plain, other = Toy(config(max_order=1), RandomPolicy(0.3, 0.5)), Wrapped(WIDTH, WIDTH)
+    toy = alike(plain, max_order=1, **kept)
+    for out in (other, plain.out, other):
+        plain.out = toy.out = out
+        steps = inputs(8)
+        for a, b in zip(toy.run(steps), plain.run(steps), strict=True):
+            if kept is HOST:
+                assert torch.equal(a, b)
+            else:
+                assert float((a - b).norm()) < 0.1 * float(b.norm())
+        held = toy.engine.bytes_held()
+        if out is other:
+            assert held["host_history"] == 0 and held["history"] > 0
+
+
+@pytest.mark.parametrize("kept", KINDS, ids=str)
+def test_dispatch_ignores_what_scratch_holds(kept: dict) -> None:
+    toy = Toy(config(max_order=2, **kept), RandomPolicy(0.3, 0.5), layers=2)
+    toy.engine.begin(12)
+    for x in inputs(12):
+        for tensor in toy.engine.buffers.tensors():
+            tensor.view(torch.uint8).fill_(0x7F) if tensor.itemsize == 1 else tensor.fill_(float("nan"))
+        assert toy.attend(x).isfinite().all()
+        toy.engine.step()
+
+
+@pytest.mark.parametrize("kept", KINDS, ids=str)
+def test_replayed_steps_are_the_steps_themselves(kept: dict, monkeypatch, device_decides) -> None:  # noqa: F811
+    plain, graphed = twins(BySign, GraphedToy, max_order=1, **kept)
+    graphed.engine.graph_steps(graphed.out)
+    runs = [inputs(12), inputs(9)]
+    want = [plain.run(steps) for steps in runs]
+    stand_in = StandIn(monkeypatch, graphed.engine)
+    for steps, outputs in zip(runs, want, strict=True):
+        for a, b in zip(graphed.run(steps), outputs, strict=True):
+            assert torch.equal(a, b)
+    assert stand_in.replays >= 8

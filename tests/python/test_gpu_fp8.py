@@ -1,0 +1,79 @@
+"""quantize_fp8 and forecasts of what it makes on the GPU: the CPU's bits, float64, graphs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import reference
+import torch
+
+from flashomni import quantize_fp8, taylor_forecast
+
+pytestmark = pytest.mark.gpu
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def apart(x: torch.Tensor, padding: int) -> torch.Tensor:
+    """The same values on the GPU in rows that lie `padding` elements apart."""
+    wide = torch.zeros((*x.shape[:-1], x.shape[-1] + padding), dtype=x.dtype, device="cuda")
+    part = wide[..., : x.shape[-1]]
+    part.copy_(x)
+    return part
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_cpus_bits_and_forecasts_in_float64(dtype: torch.dtype) -> None:
+    rng = random.Random(0)
+    for seed in range(120):
+        torch.manual_seed(seed)
+        shape = [rng.choice([1, 2, 3, 17]) for _ in range(rng.randint(0, 3))]
+        shape.append(rng.choice([1, 7, 64, 127, 128, 129, 300, 1536]))
+        order, paddings = rng.randint(0, 3), [rng.choice([0, 8, 3]) for _ in range(3)]
+        made, factors = [], torch.randn(order + 1)
+        expected = torch.zeros(shape, dtype=torch.float64)
+        for factor in factors:
+            x = (torch.randn(shape) * torch.randn(shape).exp()).to(dtype)
+            values, scales = quantize_fp8(x)
+            there = apart(torch.zeros(shape, dtype=torch.uint8), paddings[0]).view(torch.float8_e4m3fn)
+            there_scales = apart(torch.zeros_like(scales), paddings[1])
+            quantize_fp8(apart(x, paddings[2]), there, there_scales)
+            assert torch.equal(there.view(torch.uint8).cpu(), values.view(torch.uint8)), (seed, shape)
+            assert torch.equal(there_scales.cpu(), scales)
+            made.append((there, there_scales))
+            expected += (
+                float(factor) * values.double() * scales.double().repeat_interleave(128, -1)[..., : shape[-1]]
+            )
+        out = apart(torch.full(shape, float("nan"), dtype=dtype), paddings[2])
+        values, scales = zip(*made, strict=True)
+        taylor_forecast(values, factors.cuda(), out, scales)
+        reference.assert_close(out.cpu() / 32, expected / 32, dtype, f"forecast of {shape}")
+
+
+def test_what_is_no_number_is_told() -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.ones(2, 256, dtype=torch.bfloat16)
+        x[1, 130] = bad
+        values, scales = quantize_fp8(x.cuda())
+        out = torch.empty_like(x, device="cuda")
+        taylor_forecast([values], torch.ones(1, device="cuda"), out, [scales])
+        lost = out.isnan().cpu()
+        assert lost[1, 130] and not lost[0].any() and not lost[1, :128].any()
+
+
+def test_a_graph_follows_its_inputs() -> None:
+    x, factors = torch.randn(4, 1000, 256, device="cuda").bfloat16(), torch.ones(1, device="cuda")
+    values, scales = quantize_fp8(x)
+    out = torch.empty_like(x)
+    taylor_forecast([values], factors, out, [scales])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        quantize_fp8(x, values, scales)
+        taylor_forecast([values], factors, out, [scales])
+    x.copy_(torch.randn_like(x))
+    factors.fill_(0.5)
+    graph.replay()
+    again = quantize_fp8(x)
+    want = taylor_forecast([again[0]], factors, torch.empty_like(x), [again[1]])
+    assert torch.equal(out, want)
