@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import flashomni
@@ -61,6 +62,41 @@ def check_nothing_reused_is_dense(pipe, run: Run, *, steps: int = 6) -> None:
         assert stats.steps == {"full": 3, "update": 1, "dispatch": 2} and stats.density == 1.0
         flashomni.disable(pipe)
     assert torch.equal(run(pipe, steps), want)
+
+
+def denoise(model: nn.Module, x: torch.Tensor, inputs: dict, steps: int, engine=None) -> list[torch.Tensor]:
+    """A loop by hand, for models whose pipelines need more than a transformer: the output of every step."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    if engine is not None:
+        engine.begin(steps)
+    outputs = []
+    for t in scheduler.timesteps:
+        y = model(hidden_states=x, timestep=t.expand(len(x)), return_dict=False, **inputs)[0]
+        outputs.append(y)
+        x = scheduler.step(y, t, x, return_dict=False)[0]
+        if engine is not None:
+            engine.step()
+    return outputs
+
+
+def check_passes(model: nn.Module, x: torch.Tensor, inputs: dict) -> flashomni.stats:
+    """The same as check_nothing_reused_is_dense and check_sparse_runs for a bare transformer."""
+    want = denoise(model, x, inputs, 6)
+    for settings in ({"policy": "dense"}, {"tau_q": 0.0, "tau_kv": 0.0}):
+        engine = flashomni.enable(model, config(strict=True, **settings))
+        for a, b in zip(denoise(model, x, inputs, 6, engine), want, strict=True):
+            assert error(a, b) < ROUNDING
+        assert engine.run_stats().steps == {"full": 3, "update": 1, "dispatch": 2}
+        flashomni.disable(model)
+    engine = flashomni.enable(model, config(), policy=RandomPolicy(0.6, 0.6))
+    first = denoise(model, x, inputs, 6, engine)[-1]
+    assert first.isfinite().all() and error(first, want[-1]) > 1e-4
+    assert torch.equal(denoise(model, x, inputs, 6, engine)[-1], first)
+    stats = engine.run_stats()
+    assert stats.density < 1 and not stats.notes
+    flashomni.disable(model)
+    return stats
 
 
 def check_sparse_runs(pipe, run: Run, *, steps: int = 8, **settings) -> flashomni.stats:

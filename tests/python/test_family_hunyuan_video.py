@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoFramepackTransformer3DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
 from family_checks import (
     ROUNDING,
     check_nothing_reused_is_dense,
+    check_passes,
     check_sparse_runs,
     config,
     error,
@@ -110,6 +116,55 @@ def test_token_replacement() -> None:
     assert names == {"HunyuanVideoTokenReplaceSingleTransformerBlock"}
     check_nothing_reused_is_dense(pipe, draw)
     check_sparse_runs(pipe, draw)
+
+
+def test_frames_that_are_given() -> None:
+    """FramePack: earlier frames come before those that are drawn, and are protected."""
+    torch.manual_seed(0)
+    model = lively(
+        HunyuanVideoFramepackTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=64,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            pooled_projection_dim=8,
+            rope_axes_dim=(16, 24, 24),
+            image_proj_dim=12,
+            has_image_proj=True,
+            has_clean_x_embedder=True,
+        )
+    )
+    generator = torch.Generator().manual_seed(2)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(2, *shape, generator=generator)
+
+    inputs = {
+        "encoder_hidden_states": noise(20, 16),
+        "encoder_attention_mask": (torch.arange(20) < torch.tensor([[13], [6]])).long(),
+        "pooled_projections": noise(8),
+        "image_embeds": noise(7, 12),
+        "guidance": torch.full((2,), 6000.0),
+        "indices_latents": torch.arange(3, 6),
+        "latents_clean": noise(4, 2, 16, 16),
+        "indices_latents_clean": torch.arange(2),
+        "latents_history_2x": noise(4, 2, 16, 16),
+        "indices_latents_history_2x": torch.arange(2),
+        "latents_history_4x": noise(4, 4, 16, 16),
+        "indices_latents_history_4x": torch.arange(4),
+    }
+    stats = check_passes(model, noise(4, 3, 16, 16), inputs)
+    drawn, text = 3 * 64, 7 + 13
+    for symbols in stats.symbols.values():
+        given = symbols.q_tokens - drawn - text
+        cache, skip = symbols.masks()
+        blocks = -(-given // 64)
+        assert given > 64 and bool(cache[:, :, :blocks].all()) and bool(skip[..., :blocks].all())
+        assert not bool(cache[:, :, blocks:-1].all())
 
 
 def test_explain_and_presets() -> None:

@@ -35,6 +35,7 @@ class _Attachment:
         self.scheduler = getattr(pipe, "scheduler", None)
         self.restore: list[Callable[[], None]] = []
         self.context: str | None = None
+        self._in_pass = False
         self._transformer = weakref.ref(transformer)
 
     def put(self, layers: list) -> None:
@@ -119,10 +120,12 @@ class _Attachment:
             self.family.prepare(inputs, self.call)
             args, kwargs = (), inputs.kwargs
         engine.start_pass(self.context, self.call.key())
+        self._in_pass = True
         return args, kwargs
 
     def _after(self, transformer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self.engine.enabled:
+        in_pass, self._in_pass = self._in_pass, False
+        if in_pass:
             self.engine.end_pass(output is not None)
 
 

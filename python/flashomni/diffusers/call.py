@@ -21,6 +21,7 @@ class Inputs:
     """Arguments of a model's forward by name. What is set here is what the model gets."""
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict):
+        self.model = model
         names = _parameters(type(model))
         if len(args) > len(names):
             raise TypeError(
@@ -59,7 +60,8 @@ class Call:
     """What prepare() of a family found in the inputs of the call at hand.
 
     text_lengths: valid text tokens of each batch element, where they differ. condition: how many tokens at
-    the end of the image stream are given and not drawn (pictures to edit). text_tokens: how many tokens of a
+    the end of the image stream are given and not drawn (pictures to edit); drawn: or how many at its end are
+    drawn, where those before are given (earlier frames). text_tokens: how many tokens of a
     sequence that holds both are text; for blocks that do not tell them apart.
     """
 
@@ -67,16 +69,17 @@ class Call:
         self.engine, self.text_first = engine, text_first
         self.text_lengths: tuple[int, ...] | None = None
         self.condition = 0
+        self.drawn: int | None = None
         self.text_tokens = 0
         self._read: list[tuple[Tensor, tuple, Any]] = []
 
     def begin(self) -> None:
         """Forgets the call before."""
-        self.text_lengths, self.condition, self.text_tokens = None, 0, 0
+        self.text_lengths, self.condition, self.drawn, self.text_tokens = None, 0, None, 0
 
     def key(self) -> Hashable:
         """All of it that the layers' work depends on."""
-        return self.text_lengths, self.condition, self.text_tokens
+        return self.text_lengths, self.condition, self.drawn, self.text_tokens
 
     def read(self, tensor: Tensor, function: Callable[..., T], *options: Hashable) -> T:
         """function(tensor, *options), which may read it on the host: once a tensor, as pipelines pass the
@@ -115,22 +118,24 @@ class Call:
 
     def lay_out(self, text: int, image: int) -> Joint:
         """The joint sequence of `text` and `image` tokens."""
-        condition = None
-        if self.condition and self.engine.config.protect_conditions:
-            if self.condition > image:
-                raise ValueError(
-                    f"condition: expected at most the {image} image tokens, got {self.condition}"
-                )
-            end = image if not self.text_first else text + image
-            condition = Segment("condition", end - self.condition, self.condition)
+        start = text if self.text_first else 0
+        condition = self._condition(start, image)
         valid = None
         if self.text_lengths is not None:
             if self.text_first:
                 raise NotImplementedError("text: expected as many tokens in every element, got padding")
             valid = tuple(image + length for length in self.text_lengths)
-        if self.text_first:
-            return Joint(Segment("text", 0, text), Segment("image", text, image), condition, valid)
-        return Joint(Segment("text", image, text), Segment("image", 0, image), condition, valid)
+        of_text = Segment("text", 0 if self.text_first else image, text)
+        return Joint(of_text, Segment("image", start, image), condition, valid)
+
+    def _condition(self, start: int, image: int) -> Segment | None:
+        """What of the image tokens, start .. start + image, is given and protected."""
+        given = self.condition if self.drawn is None else image - self.drawn
+        if not 0 <= given <= image:
+            raise ValueError(f"condition: expected at most the {image} image tokens, got {given}")
+        if given == 0 or not self.engine.config.protect_conditions:
+            return None
+        return Segment("condition", start if self.drawn is not None else start + image - given, given)
 
 
 def valid_lengths(mask: Tensor) -> tuple[int, ...]:

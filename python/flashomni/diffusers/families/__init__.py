@@ -8,6 +8,7 @@ from flashomni.diffusers.families import (
     chroma,
     flux,
     flux2,
+    hunyuan_image,
     hunyuan_video,
     hunyuan_video15,
     qwen_image,
@@ -26,7 +27,7 @@ def register_family(family: Family) -> None:
     FAMILIES.update(dict.fromkeys(family.models, family))
 
 
-for _module in (chroma, flux, flux2, hunyuan_video, hunyuan_video15, qwen_image, z_image):
+for _module in (chroma, flux, flux2, hunyuan_image, hunyuan_video, hunyuan_video15, qwen_image, z_image):
     for _family in _module.FAMILIES:
         register_family(_family)
 

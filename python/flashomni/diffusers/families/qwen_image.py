@@ -1,4 +1,4 @@
-"""Qwen-Image and Qwen-Image-Edit."""
+"""Qwen-Image, Qwen-Image-Edit, Qwen-Image-Layered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def _prepare(inputs: Inputs, call: Call) -> None:
     call.trim_text(inputs, "encoder_hidden_states_mask", ("encoder_hidden_states",), drop_mask=True)
     shapes = inputs["img_shapes"]
     if shapes and isinstance(shapes[0], (list, tuple)) and isinstance(shapes[0][0], (list, tuple)):
-        call.condition = sum(prod(shape) for shape in shapes[0][1:])  # Edit: pictures after the first
+        # Edit draws the first picture, Layered all but the last.
+        given = shapes[0][-1:] if inputs.model.config.use_layer3d_rope else shapes[0][1:]
+        call.condition = sum(prod(shape) for shape in given) if len(shapes[0]) > 1 else 0
 
 
 QWEN_IMAGE = Family(
