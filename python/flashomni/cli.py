@@ -384,6 +384,14 @@ def bench_e2e(
     )
 
 
+@bench_app.command("memory")
+def bench_memory(json_file: JsonFile = None) -> None:
+    """What full-size models will hold between steps, by setting. Counted from shapes; nothing is run."""
+    from flashomni.bench import memory
+
+    _finish_bench(memory.run(), json_file, memory.tables)
+
+
 def main() -> None:
     # Their start-up remarks (no torchvision, a cast that loses nothing) would hide what the commands say.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
