@@ -108,7 +108,7 @@ def test_names():
     assert {"flashomni", "dense", "random"} <= set(policies.policy_names())
     made = policies.make_policy("flashomni", Config(tau_q=0.25, tau_kv=0.125, s_q=0.5))
     assert (made.tau_q, made.tau_kv, made.s_q) == (0.25, 0.125, 0.5)
-    with pytest.raises(ValueError, match="policy: expected one of dense, flashomni"):
+    with pytest.raises(ValueError, match="policy: expected one of dense, drift, flashomni"):
         policies.make_policy("no such policy", Config())
 
 

@@ -7,12 +7,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from flashomni.config import Config
+from flashomni.diffusers.blocks import Layer
 from flashomni.diffusers.call import Call, Inputs
 from flashomni.diffusers.clock import listen, unlisten
 from flashomni.diffusers.explain import Explanation, explanation, row_of
@@ -20,6 +22,7 @@ from flashomni.diffusers.families import Family, family_of
 from flashomni.diffusers.graphs import graph_steps
 from flashomni.diffusers.layers import find_layers
 from flashomni.engine import Engine, RunStats
+from flashomni.engine.stats import sum_by_name, together
 from flashomni.policies import Policy, check_policy, make_policy
 
 _ATTRIBUTE = "_flashomni"
@@ -38,7 +41,7 @@ class _Attachment:
         self._in_pass = False
         self._transformer = weakref.ref(transformer)
 
-    def put(self, layers: list) -> None:
+    def put(self, layers: list[Layer]) -> None:
         transformer, engine = self._transformer(), self.engine
         try:
             for layer in layers:
@@ -135,25 +138,51 @@ def enable(
     """Makes a diffusers pipeline, or a bare transformer, compute sparsely until disable().
 
     target: a pipeline with a supported `transformer`, whose scheduler then is the clock; or such a
-    transformer,
-        whose clock is the returned engine: begin(num_steps) before a run, step() after every denoising step.
+        transformer, whose clock is the returned engine: begin(num_steps) before a run, step() after every
+        denoising step.
+        A pipeline's second expert (`transformer_2`) is served too, with an engine of its own.
     config: a Config, the name of a preset, or None for the defaults. policy: an object of your own instead of
         config.policy. timing: keep a ledger of seconds by kind of work (flashomni.stats).
 
-    Warns once if anything will run dense unasked. Returns the engine. Raises NotImplementedError for an
-    unknown model, one with nothing that can be sparse and, with config.strict, one with anything that cannot;
-    RuntimeError if it is enabled already or another cache is; ValueError or TypeError for arguments.
+    Warns once if anything will run dense unasked. Returns the engine, of two the first expert's. Raises
+    NotImplementedError for an unknown model, one with nothing that can be sparse and, with config.strict, one
+    with anything that cannot; RuntimeError if it is enabled already or another cache is; ValueError or
+    TypeError for arguments.
     """
-    transformer, pipe = _transformer_of(target)
+    pipe = target if not isinstance(target, nn.Module) else None
+    made = []
+    for name, transformer in transformers_of(target):
+        made.append(_attachment_for(name, transformer, pipe, config, policy, timing))
+    done: list[_Attachment] = []
+    try:
+        for attachment, layers in made:
+            attachment.put(layers)
+            done.append(attachment)
+    except BaseException:
+        for attachment in done:
+            attachment.take_off()
+        raise
+    return made[0][0].engine
+
+
+def _attachment_for(
+    name: str,
+    transformer: nn.Module,
+    pipe: Any,
+    config: Config | str | None,
+    policy: Policy | None,
+    timing: bool,
+) -> tuple[_Attachment, list[Layer]]:
+    """What to put onto one transformer, and the layers that it is for; changes nothing yet."""
     family = family_of(transformer)
-    config = _config(config, family)
+    config = config_of(config, family)
     if _ATTRIBUTE in transformer.__dict__:
         raise RuntimeError("flashomni: enabled already; call flashomni.disable() first")
     if getattr(transformer, "is_cache_enabled", False):
         raise RuntimeError(
             "flashomni: another cache is enabled on the transformer; call its disable_cache() first"
         )
-    layers = find_layers(transformer, family)
+    layers = find_layers(transformer, family, name)
     beyond = [layer for layer in config.dense_layers if layer >= len(layers)]
     if beyond:
         raise ValueError(f"dense_layers: expected indices below {len(layers)}, got {beyond}")
@@ -172,36 +201,44 @@ def enable(
         warnings.warn(
             f"flashomni: {len(problems)} of {len(layers)} layers run partly dense: {problems[0]}{more}. "
             "flashomni.explain() tells what each one does",
-            stacklevel=2,
+            stacklevel=3,
         )
     engine = Engine(config, len(layers), check_policy(policy or make_policy(config.policy, config)))
     engine.ledger.enabled = timing
-    _Attachment(engine, family, transformer, pipe).put(served)
-    return engine
+    return _Attachment(engine, family, transformer, pipe), served
 
 
 def disable(target: Any) -> None:
     """Puts back what was there before enable() and frees the engine's memory. Does nothing else."""
-    transformer, _ = _transformer_of(target)
-    attachment = transformer.__dict__.get(_ATTRIBUTE)
-    if attachment is not None:
-        attachment.take_off()
+    for _, transformer in transformers_of(target):
+        attachment = transformer.__dict__.get(_ATTRIBUTE)
+        if attachment is not None:
+            attachment.take_off()
 
 
 @contextmanager
 def disabled(target: Any) -> Iterator[None]:
     """Inside, the model runs its own code; afterwards it is sparse again. The clock goes on."""
-    engine = _attachment(target).engine
-    before, engine.enabled = engine.enabled, False
+    engines = _engines(target)
+    before = [engine.enabled for engine in engines]
+    for engine in engines:
+        engine.enabled = False
     try:
         yield
     finally:
-        engine.enabled = before
+        for engine, enabled in zip(engines, before, strict=True):
+            engine.enabled = enabled
 
 
 def stats(target: Any) -> RunStats:
-    """Steps by kind, density, memory and seconds of this or the last run. RuntimeError if not enabled."""
-    return _attachment(target).engine.run_stats()
+    """Steps by kind, density, memory and seconds of this or the last run. RuntimeError if not enabled.
+
+    Of a pipeline with two experts it is of both: the second's layers are numbered on from the first's.
+    """
+    engines = _engines(target)
+    begun = [engine for engine in engines if engine.count] or engines
+    joined = together([engine.run_stats() for engine in begun])
+    return replace(joined, bytes_held=sum_by_name(engine.bytes_held() for engine in engines))
 
 
 def explain(
@@ -212,25 +249,26 @@ def explain(
     config: as for enable(); None means the one in use, or the default one. With num_inference_steps, the kind
     of every step too.
     """
-    transformer, _ = _transformer_of(target)
-    attachment = transformer.__dict__.get(_ATTRIBUTE)
+    experts = transformers_of(target)
+    attachment = experts[0][1].__dict__.get(_ATTRIBUTE)
     if config is None and attachment is not None:
         config = attachment.engine.config
-    family = family_of(transformer)
+    family = family_of(experts[0][1])
     notes = family.notes
     if isinstance(config, str) and config in family.presets:
         notes += (f"preset {config!r}: {family.presets[config].source}.",)
     return explanation(
-        type(transformer).__name__,
+        " and ".join(type(transformer).__name__ for _, transformer in experts),
         attachment is not None,
-        _config(config, family),
-        find_layers(transformer, family),
+        config_of(config, family),
+        [layer for name, expert in experts for layer in find_layers(expert, family_of(expert), name)],
         num_inference_steps,
         notes,
     )
 
 
-def _config(config: Config | str | None, family: Family) -> Config:
+def config_of(config: Config | str | None, family: Family) -> Config:
+    """What a user may pass as a config, for a model of this family."""
     if config is None:
         return Config()
     if isinstance(config, str) and config in family.presets:
@@ -248,24 +286,30 @@ def _config(config: Config | str | None, family: Family) -> Config:
     return config
 
 
-def _transformer_of(target: Any) -> tuple[nn.Module, Any]:
-    """(transformer, pipeline or None)."""
+def transformers_of(target: Any) -> list[tuple[str, nn.Module]]:
+    """(name, transformer): of a pipeline with two experts (Wan 2.2) both. The first one's name is empty."""
     if isinstance(target, nn.Module):
         if hasattr(target, "_orig_mod"):
             raise NotImplementedError(
                 "transformer: expected a model that is not compiled, got torch.compile's"
             )
-        return target, None
-    transformer = getattr(target, "transformer", None)
-    if not isinstance(transformer, nn.Module):
+        return [("", target)]
+    found = [(name, getattr(target, name, None)) for name in ("transformer", "transformer_2")]
+    found = [(name, module) for name, module in found if isinstance(module, nn.Module)]
+    if not found:
         raise TypeError(
             f"target: expected a pipeline with a transformer, or one, got {type(target).__name__}"
         )
-    return _transformer_of(transformer)[0], target
+    for _, module in found:
+        transformers_of(module)
+    return [("" if i == 0 else name, module) for i, (name, module) in enumerate(found)]
 
 
-def _attachment(target: Any) -> _Attachment:
-    attachment = _transformer_of(target)[0].__dict__.get(_ATTRIBUTE)
-    if attachment is None:
-        raise RuntimeError("flashomni: not enabled; call flashomni.enable() first")
-    return attachment
+def _engines(target: Any) -> list[Engine]:
+    engines = []
+    for _, transformer in transformers_of(target):
+        attachment = transformer.__dict__.get(_ATTRIBUTE)
+        if attachment is None:
+            raise RuntimeError("flashomni: not enabled; call flashomni.enable() first")
+        engines.append(attachment.engine)
+    return engines

@@ -11,7 +11,8 @@ from flashomni.schedule import plan
 
 @dataclass(frozen=True)
 class Row:
-    """One attention layer. attention, gemm_q, gemm_o: "sparse" or "dense"; notes: why."""
+    """One attention layer. attention, gemm_q, gemm_o: "sparse" or "dense"; gemm_q may be "rows" too: it skips
+    row blocks that are cached in all heads. notes: why something has to be dense."""
 
     layer: int
     name: str
@@ -69,8 +70,11 @@ def row_of(layer: Layer, config: Config) -> Row:
         return Row(layer.index, layer.name, "dense", "dense", "dense", (f"its own code: {layer.refusal}",))
     if layer.index in config.dense_layers:
         return Row(layer.index, layer.name, "dense", "dense", "dense", ("in dense_layers",))
-    query_names = [layer.spec.streams()[0].q]
-    gemm_q = not any(note.split()[0] in query_names for note in layer.fallbacks)
+    stream = layer.spec.streams()[0]
+    caches = layer.spec.has_text or config.policy != "flashomni"  # the paper's criterion is about text
+    gemm_q = "dense"
+    if caches and not any(note.split()[0] == stream.q for note in layer.fallbacks):
+        gemm_q = "rows" if stream.across_heads else "sparse"
     notes = tuple(f"{note}: called as a module" for note in layer.fallbacks)
     if not layer.gemm_o:
         notes += ("O is forecast instead of its projection",)
@@ -78,8 +82,8 @@ def row_of(layer: Layer, config: Config) -> Row:
         layer.index,
         layer.name,
         "sparse",
-        "sparse" if gemm_q else "dense",
-        "sparse" if layer.gemm_o else "dense",
+        gemm_q,
+        "sparse" if caches and layer.gemm_o else "dense",
         notes,
     )
 

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 from torch import nn
 
-from flashomni.diffusers.blocks import Layer, part
+from flashomni.diffusers.blocks import Blocks, Layer, part
 from flashomni.diffusers.families import Family
 
 HEAD_DIMS = (64, 72, 80, 96, 128, 256)
 
 
-def find_layers(model: nn.Module, family: Family) -> list[Layer]:
-    """Every attention that the family describes, in the model's order, looked at as the model is now."""
+def find_layers(model: nn.Module, family: Family, prefix: str = "") -> list[Layer]:
+    """Every attention that the family describes, in the model's order, looked at as the model is now.
+
+    prefix: what the names of the layers begin with, in a pipeline with several models.
+    """
     layers: list[Layer] = []
     for path in dict.fromkeys(spec.path for spec in family.blocks):
         specs = [spec for spec in family.blocks if spec.path == path]
+        attentions = tuple(dict.fromkeys(spec.attention for spec in specs))
         for i, block in enumerate(part(model, path)):
-            spec = next((spec for spec in specs if _is(block, spec.block)), None)
-            layer = Layer(len(layers), f"{path}.{i}", block, spec or specs[0])
-            if spec is None:
-                known = " or ".join(spec.block for spec in specs)
-                layer.refusal = f"is a {type(block).__name__}, not a {known}"
-            else:
-                layer.refusal = _refusal(layer)
-            if layer.refusal is None:
-                layer.spec.find_fallbacks(layer)
-            layers.append(layer)
+            for attention in attentions:
+                if getattr(block, attention, None) is None and attention != attentions[0]:
+                    continue  # not every block has a second one
+                which = attention if len(attentions) > 1 else ""
+                name = ".".join(filter(None, (prefix, path, str(i), which)))
+                fitting = [spec for spec in specs if spec.attention == attention]
+                layers.append(_layer(len(layers), name, block, fitting))
     return layers
+
+
+def _layer(index: int, name: str, block: nn.Module, specs: list[Blocks]) -> Layer:
+    spec = next((spec for spec in specs if _is(block, spec.block)), None)
+    layer = Layer(index, name, block, spec or specs[0])
+    if spec is None:
+        known = " or ".join(spec.block for spec in specs)
+        layer.refusal = f"is a {type(block).__name__}, not a {known}"
+    else:
+        layer.refusal = _refusal(layer)
+    if layer.refusal is None:
+        layer.spec.find_fallbacks(layer)
+    return layer
 
 
 def _is(module: nn.Module, name: str) -> bool:

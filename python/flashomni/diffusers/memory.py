@@ -30,7 +30,7 @@ def memory(
     CUDA graphs, workspaces and the model itself are not counted. Raises ValueError or TypeError that names
     the argument, NotImplementedError for an unknown model.
     """
-    from flashomni.diffusers.api import _config, _transformer_of
+    from flashomni.diffusers.api import config_of, transformers_of
 
     sizes = {"image_tokens": image_tokens, "text_tokens": text_tokens, "batch": batch, "contexts": contexts}
     for name, value in sizes.items():
@@ -39,13 +39,15 @@ def memory(
             raise TypeError(f"{name}: expected an integer, got {value!r}")
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    transformer, _ = _transformer_of(model)
-    if dtype is None:
-        dtype = next(transformer.parameters()).dtype
-    family = family_of(transformer)
-    shapes = [
-        layer.spec.shape_of(layer, image_tokens, text_tokens)
-        for layer in find_layers(transformer, family)
-        if layer.refusal is None
-    ]
-    return predict(_config(config, family), shapes, batch=batch, contexts=contexts, itemsize=dtype.itemsize)
+    parts = []
+    for name, transformer in transformers_of(model):
+        family = family_of(transformer)
+        shapes = [
+            layer.spec.shape_of(layer, image_tokens, text_tokens)
+            for layer in find_layers(transformer, family, name)
+            if layer.refusal is None
+        ]
+        itemsize = (dtype or next(transformer.parameters()).dtype).itemsize
+        options = {"batch": batch, "contexts": contexts, "itemsize": itemsize}
+        parts.append(predict(config_of(config, family), shapes, **options))
+    return Memory(sum((part.layers for part in parts), ()), sum(part.buffers for part in parts))

@@ -37,6 +37,26 @@ def image_tables(rope: Tables, joint: Joint) -> Tables:
     return _in_order((cos.new_ones(shape), sin.new_zeros(shape)), (cos, sin), joint)
 
 
+def batched_tables(rope: Tables, joint: Joint) -> Tables:
+    """(cos, sin) [1, tokens, 1, D] of a sequence without text, as Wan has them."""
+    cos, sin = (table.squeeze(2).squeeze(0).float() for table in rope)
+    return cos, sin
+
+
+def channel_tables(rope: Tables, joint: Joint) -> Rotation:
+    """(cos, sin) [B, tokens, H * D]: a rotation of each element and each head, as LTX has them."""
+
+    def rotate(x: Tensor, start: int) -> None:
+        rows = slice(start, start + x.shape[1])
+        cos, sin = (table[:, rows].unflatten(-1, x.shape[2:]) for table in rope)
+        wide = x.float()
+        even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        x.copy_(wide * cos + turned * sin)
+
+    return rotate
+
+
 def complex_streams(rope: tuple[Tensor, Tensor], joint: Joint) -> Tables:
     """Complex [tokens, D / 2] of the image and of the text."""
     of_image, of_text = map(_tables, rope)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flashomni import ops
 from flashomni.engine.kept import Kept, forecast, unit
 from flashomni.engine.linear import apply_linear, norm_across_heads, norm_and_rope, why_not_plain
-from flashomni.engine.measure import Measures
+from flashomni.engine.measure import Measures, tile_norms
 from flashomni.engine.state import LayerState
 from flashomni.policies import Choice, Layout, Segment, Stats, Step
 
@@ -123,9 +123,12 @@ class LayerRun:
         q, k, _ = self._qkv()
         measures = Measures(engine.policy.needs, q, k, state.symbols)
         self._attend(None, measures)
-        with engine.ledger("select"):
-            self._select(measures.stats())
         derivatives = self._record(keep=True)
+        with engine.ledger("select"):
+            stats = measures.stats()
+            if "o_change" in engine.policy.needs and len(derivatives) > 1:
+                stats.o_change = tile_norms(derivatives[1], self.a.heads, state.symbols.block_q)
+            self._select(stats)
         orders = 1 if state.reuse_all else len(derivatives)
         engine.journal.now(partial(state.note_updated, engine, orders))
         if state.keeps_o:

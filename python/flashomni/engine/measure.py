@@ -51,6 +51,13 @@ class BlockMeasure:
             self.mean = ops.block_mean(self.x, self.block, self.similarity)
 
 
+def tile_norms(x: Tensor, heads: int, block: int) -> Tensor:
+    """The 2-norm of every tile of x [B, S, H * D]: float32 [B, ceil(S / block), H]."""
+    of_tokens = torch.linalg.vector_norm(x.unflatten(-1, (heads, -1)), dim=-1, dtype=torch.float32)
+    padded = nn.functional.pad(of_tokens, (0, 0, 0, -x.shape[1] % block))
+    return torch.linalg.vector_norm(padded.unflatten(1, (-1, block)), dim=2)
+
+
 class Measures:
     """Norm and RoPE of q and k at an Update, and what `needs` (Policy.needs) names of the result."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor
@@ -57,6 +57,48 @@ class RunStats:
             lines.append("seconds  " + ", ".join(f"{name} {value:.2f}" for name, value in by_size))
         lines += [f"note     {text} ({times}x)" for text, times in self.notes.items()]
         return "\n".join(lines)
+
+
+def together(parts: list[RunStats]) -> RunStats:
+    """Of models that take turns in one run: the layers of each are numbered on from those before."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(parts, key=lambda part: part.steps_done)
+    weights = [part.passes * len(part.density_by_layer) for part in parts]
+    first = [sum(len(part.density_by_layer) for part in parts[:i]) for i in range(len(parts))]
+
+    def mean(name: str) -> float:
+        values = [getattr(part, name) for part in parts]
+        whole = sum(weights)
+        return sum(w * v for w, v in zip(weights, values, strict=True)) / whole if whole else 1.0
+
+    def joined(name: str) -> list:
+        return [value for part in parts for value in getattr(part, name)]
+
+    return replace(
+        longest,
+        passes=sum(part.passes for part in parts),
+        density=mean("density"),
+        cache_density=mean("cache_density"),
+        density_by_step=joined("density_by_step"),
+        density_by_layer=joined("density_by_layer"),
+        density_by_head=joined("density_by_head"),
+        bytes_held=sum_by_name(part.bytes_held for part in parts),
+        seconds=sum_by_name(part.seconds for part in parts),
+        notes=sum_by_name(part.notes for part in parts),
+        symbols={
+            (context, start + layer): symbols
+            for start, part in zip(first, parts, strict=True)
+            for (context, layer), symbols in part.symbols.items()
+        },
+    )
+
+
+def sum_by_name(dicts: Iterable[dict]) -> dict:
+    total: Counter = Counter()
+    for each in dicts:
+        total.update(each)
+    return dict(total)
 
 
 class StatsRecorder:

@@ -60,11 +60,15 @@ class Step:
 
 @dataclass(slots=True)
 class Stats:
-    """What was measured of this step's queries and keys (after norm and RoPE): only what the policy needs."""
+    """What was measured of this step's queries and keys (after norm and RoPE) and of the attention's output:
+    only what the policy needs."""
 
     q_mean: torch.Tensor | None = None  # float32 [B, q_blocks, H, D]
     k_mean: torch.Tensor | None = None  # float32 [B, kv_blocks, H, D]
     k_similarity: torch.Tensor | None = None  # float32 [B, kv_blocks, H]: mean cosine of a block's tokens
+    # float32 [B, q_blocks, H]: 2-norm, over a tile, of ΔO, the attention output's change a step since the
+    # step that was recorded before this one. None also where there is no such step, or max_order is 0.
+    o_change: torch.Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from importlib.metadata import entry_points
 
 from flashomni.policies.base import Policy, Stats
+from flashomni.policies.drift import DriftPolicy
 from flashomni.policies.paper import FlashOmniPolicy
 from flashomni.policies.static import DensePolicy, RandomPolicy
 
@@ -14,10 +15,18 @@ ENTRY_POINT_GROUP = "flashomni.policies"
 
 Factory = Callable[..., Policy]
 
+
+def _drift(config) -> DriftPolicy:
+    if config.max_order == 0 and config.tau_q > 0:
+        raise ValueError("policy 'drift': expected max_order >= 1, which keeps the output before; got 0")
+    return DriftPolicy(config.tau_q, config.tau_kv, config.s_q, config.self_similarity)
+
+
 _FACTORIES: dict[str, Factory] = {
     "flashomni": lambda config: FlashOmniPolicy(
         config.tau_q, config.tau_kv, config.s_q, config.self_similarity
     ),
+    "drift": _drift,
     "dense": lambda config: DensePolicy(),
     "random": lambda config: RandomPolicy(),
 }

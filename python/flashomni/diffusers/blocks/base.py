@@ -36,6 +36,7 @@ class Blocks:
 
     path: of the ModuleList in the model. block: class name of the blocks there that this describes.
     attention: name of the attention in a block. processor: class name of the processor that ours stands for.
+    has_text: some of the tokens that attend to each other are text.
     rope: form of what the block gets as RoPE (flashomni.diffusers.rope); None: no RoPE. mask: argument in
     which the model passes the padding that the family's prepare() has dealt with; any other mask is refused.
     """
@@ -44,6 +45,7 @@ class Blocks:
     block: str
     attention: str
     processor: str
+    has_text: bool = True
     rope: Callable | None = None
     mask: str | None = None
 
@@ -103,7 +105,7 @@ class Layer:
     def look(self, owner: nn.Module, name: str, why: Callable[..., str | None]) -> bool:
         """Whether our operators can do a part; notes it where they cannot."""
         module = part(owner, name)
-        reason = why(module, next(self.block.parameters()).dtype) if module is not None else None
+        reason = why(module, next(self.attention.parameters()).dtype) if module is not None else None
         if reason is not None:
             self.fallbacks.append(f"{name} {reason}")
         return reason is None

@@ -88,10 +88,13 @@ class PlainProcessor(Processor):
         rotary_emb: Any = None,
         freqs_cis: Any = None,
     ) -> Tensor:
-        ropes = {"image_rotary_emb": image_rotary_emb, "rotary_emb": rotary_emb, "freqs_cis": freqs_cis}
-        ropes = {name: rope for name, rope in ropes.items() if rope is not None}
+        named = {"rotary_emb": rotary_emb, "freqs_cis": freqs_cis}
+        named = {name: rope for name, rope in named.items() if rope is not None}
+        by_position = () if image_rotary_emb is None else (image_rotary_emb,)
         if not self.engine.enabled:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **ropes)
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, *by_position, **named
+            )
         layer, spec = self.layer, self.spec
         if encoder_hidden_states is not None:
             raise NotImplementedError(f"encoder_hidden_states: expected None in {layer.name}, got a tensor")
@@ -108,7 +111,7 @@ class PlainProcessor(Processor):
             streams=[stream_of(attn, spec.stream, hidden_states, 0)],
             outputs=[Output(part(attn, spec.stream.out), 0, tokens)],
             o=self.engine.buffers.take("o", (batch, tokens, layer.width), hidden_states),
-            rope=rope_of(self.call, spec, next(iter(ropes.values()), None), joint),
+            rope=rope_of(self.call, spec, next(iter((*by_position, *named.values())), None), joint),
         )
         (out,) = self.engine.attend(attention)
         return part(attn, spec.stream.after_out)(out) if spec.stream.after_out is not None else out

@@ -12,6 +12,7 @@ from flashomni.diffusers.families import (
     hunyuan_video,
     hunyuan_video15,
     qwen_image,
+    wan,
     z_image,
 )
 from flashomni.diffusers.families.base import Family, Preset
@@ -27,7 +28,7 @@ def register_family(family: Family) -> None:
     FAMILIES.update(dict.fromkeys(family.models, family))
 
 
-for _module in (chroma, flux, flux2, hunyuan_image, hunyuan_video, hunyuan_video15, qwen_image, z_image):
+for _module in (chroma, flux, flux2, hunyuan_image, hunyuan_video, hunyuan_video15, qwen_image, wan, z_image):
     for _family in _module.FAMILIES:
         register_family(_family)
 

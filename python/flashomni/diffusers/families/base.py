@@ -58,6 +58,32 @@ def presets_around(paper: Mapping[str, Any], source: str) -> dict[str, Preset]:
     }
 
 
+TEXTLESS = (
+    "Self-attention without text: the paper's criterion for S_c is undefined, so that policy 'flashomni' "
+    "caches nothing and skips key blocks only. Policy 'drift' caches the row blocks whose output changes "
+    "least."
+)
+ACROSS_HEADS = (
+    "Query and key norms run over all heads at once: GEMM-Q skips a row block only where it is cached in all "
+    "heads; the norms themselves, and the keys', are dense."
+)
+CROSS_DENSE = "Outside of FlashOmni: cross-attention, which is dense and never reused."
+
+
+def textless_presets(tau_kv: float) -> dict[str, Preset]:
+    """For attentions without text. The paper has no setting for them."""
+    skip = {"tau_kv": tau_kv, "cache_interval": 5, "ramp_power": 2.0}
+    drift = {**skip, "policy": "drift", "max_order": 1, "tau_q": 0.2}
+    return {
+        "quality": Preset(
+            {**skip, "policy": "flashomni", "max_order": 0},
+            "skips key blocks only, by the paper's tau_kv; not measured on trained weights",
+        ),
+        "balanced": Preset(drift, "chosen by us, not measured on trained weights"),
+        "fast": Preset({**drift, "tau_q": 0.5, "tau_kv": 2 * tau_kv, "s_q": 0.3}, BEYOND),
+    }
+
+
 PAPER_IMAGE = {
     "tau_q": 0.5,
     "tau_kv": 0.15,

@@ -1,0 +1,238 @@
+"""Wan: self-attention without text, norms over all heads, one expert or two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from family_checks import (
+    ROUNDING,
+    check_nothing_reused_is_dense,
+    check_sparse_runs,
+    config,
+    error,
+    lively,
+    quiet,
+)
+
+import flashomni
+from flashomni.engine.state import RowSymbols
+from flashomni.policies import RandomPolicy
+
+
+def transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "rope_max_seq_len": 32,
+    }
+    model = WanTransformer3DModel(**(settings | changes))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.scale_shift_table.mul_(8)
+    return lively(model)
+
+
+def pipeline(scheduler=None, **parts) -> WanPipeline:
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae")) | {"transformer": transformer()} | parts
+    return quiet(WanPipeline(scheduler=scheduler or FlowMatchEulerDiscreteScheduler(), **parts))
+
+
+def experts(**changes) -> WanPipeline:
+    """`transformer_2` takes over at half of the noise: of 12 steps, after 6."""
+    return pipeline(transformer_2=transformer(1), boundary_ratio=0.5, **changes)
+
+
+def draw(pipe, steps: int, batch: int = 1, guided: bool = False, **inputs) -> torch.Tensor:
+    """3 frames of 7 x 8 tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    inputs |= {"prompt_embeds": noise(batch, 20, 16), "latents": noise(batch, 4, 3, 14, 16)}
+    if guided:
+        inputs["negative_prompt_embeds"] = noise(batch, 20, 16)
+    sizes = {"height": 112, "width": 128, "num_frames": 9, "num_inference_steps": steps}
+    return pipe(
+        **inputs, **sizes, guidance_scale=4.0 if guided else 1.0, output_type="latent", return_dict=False
+    )[0]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_nothing_reused_is_dense(batch: int) -> None:
+    check_nothing_reused_is_dense(pipeline(), lambda pipe, steps: draw(pipe, steps, batch))
+
+
+def test_guidance_and_another_scheduler() -> None:
+    def run(pipe, steps: int) -> torch.Tensor:
+        return draw(pipe, steps, batch=2, guided=True)
+
+    pipe = pipeline(UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True))
+    check_nothing_reused_is_dense(pipe, run)
+    assert check_sparse_runs(pipe, run).passes == 16
+
+
+def test_drift() -> None:
+    """What is cached is cached in all heads; more of it with a greater tau_q; none without a difference."""
+    pipe, shares = pipeline(), []
+    want = draw(pipe, 8)
+    for tau_q in (0.4, 0.8):
+        flashomni.enable(pipe, config(policy="drift", tau_q=tau_q, tau_kv=0.0, ramp_power=0))
+        assert 1e-5 < error(draw(pipe, 8), want) < 0.2
+        stats = flashomni.stats(pipe)
+        for symbols in stats.symbols.values():
+            cache, _ = symbols.masks()
+            assert torch.equal(cache.any(1), cache.all(1))
+        shares.append(stats.cache_density)
+        flashomni.disable(pipe)
+    assert 1 > shares[0] > shares[1] > 0.3
+    with pytest.raises(ValueError, match="policy 'drift': expected max_order >= 1"):
+        flashomni.enable(pipe, config(policy="drift", max_order=0))
+
+
+def test_rows_cached_in_some_heads_are_projected_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm of an active tile needs the row's other heads: skipping their rows' GEMM-Q changes nothing."""
+
+    def run() -> torch.Tensor:
+        pipe = pipeline()
+        flashomni.enable(pipe, config(), policy=RandomPolicy(0.3, 1.0, seed=1))
+        return draw(pipe, 6)
+
+    skipped = []
+    decide = RowSymbols.decide
+
+    def watched(rows: RowSymbols, symbols) -> None:
+        decide(rows, symbols)
+        skipped.append(not bool(rows.symbols.masks()[0].all()))
+
+    monkeypatch.setattr(RowSymbols, "decide", watched)
+    got = run()
+    assert any(skipped)
+    monkeypatch.setattr(RowSymbols, "decide", lambda rows, symbols: rows.symbols.cache.fill_(255))
+    assert error(got, run()) < 1e-6
+
+
+def test_the_papers_policy_skips_and_caches_nothing() -> None:
+    pipe = pipeline()
+    flashomni.enable(pipe, config(tau_kv=0.5, ramp_power=0))
+    draw(pipe, 8)
+    stats = flashomni.stats(pipe)
+    assert stats.cache_density == 1.0 > stats.density
+
+
+def test_memory() -> None:
+    pipe = experts()
+    said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=0)
+    flashomni.enable(pipe, config())
+    draw(pipe, 18)
+    assert said.by_kind == flashomni.stats(pipe).bytes_held
+    assert said.layers[2].name == "transformer_2.blocks.0"
+
+
+def test_two_experts_on_one_clock() -> None:
+    pipe = experts()
+    want = draw(pipe, 12, guided=True)
+    flashomni.enable(pipe, config(policy="dense", strict=True))
+    assert error(draw(pipe, 12, guided=True), want) < ROUNDING
+    stats = flashomni.stats(pipe)
+    assert (stats.num_steps, stats.steps_done, stats.passes) == (12, 12, 24)
+    assert len(stats.density_by_layer) == 4 and len(stats.density_by_step) == 12
+    flashomni.disable(pipe)
+    assert torch.equal(draw(pipe, 12, guided=True), want)
+
+
+def test_two_experts_keep_their_own_state() -> None:
+    """The second begins in the middle of the run: dense until the next Update, then sparse."""
+    pipe = experts()
+    want = draw(pipe, 12)
+    flashomni.enable(pipe, config(), policy=RandomPolicy(0.6, 0.6))
+    got = draw(pipe, 12)
+    assert 1e-4 < error(got, want) < 0.5
+    parts = [flashomni.stats(each) for each in (pipe.transformer, pipe.transformer_2)]
+    assert [part.passes for part in parts] == [6, 6] and all(part.density < 1 for part in parts)
+    assert parts[1].notes == {"dispatch without an update: dense": 4}  # steps 6 and 7, in 2 layers
+    both = flashomni.stats(pipe)
+    assert {layer for _, layer in both.symbols} == {0, 1, 2, 3}
+    assert both.density == pytest.approx((parts[0].density + parts[1].density) / 2)
+    with flashomni.disabled(pipe):
+        assert torch.equal(draw(pipe, 12), want)
+    with pytest.raises(RuntimeError, match="enabled already"):
+        flashomni.enable(pipe)
+
+
+def test_one_expert_alone_is_refused_whole() -> None:
+    """Nothing is left behind if the second cannot be served."""
+    pipe = experts()
+    for block in pipe.transformer_2.blocks:
+        block.attn1.set_processor(lambda *args, **kwargs: None)
+    with pytest.raises(
+        NotImplementedError, match=r"transformer_2\.blocks\.0: its own code: has the processor"
+    ):
+        flashomni.enable(pipe, config())
+    assert type(pipe.transformer.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+
+
+def test_image_to_video() -> None:
+    """Image tokens are in the cross-attention, which is left alone."""
+    model = transformer(in_channels=12, image_dim=8, added_kv_proj_dim=128)
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae", "image_encoder", "image_processor"))
+
+    def passes(model, steps: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(2)
+        x, condition, text, image = (
+            torch.randn(shape, generator=generator)
+            for shape in ((2, 4, 3, 14, 16), (2, 8, 3, 14, 16), (2, 512, 16), (2, 5, 8))
+        )
+        scheduler = pipe.scheduler
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            y = model(torch.cat([x, condition], 1), t.expand(2), text, image, return_dict=False)[0]
+            x = scheduler.step(y, t, x, return_dict=False)[0]
+        return x
+
+    pipe = quiet(
+        WanImageToVideoPipeline(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    )
+    run = torch.no_grad()(lambda pipe, steps: passes(pipe.transformer, steps))
+    check_nothing_reused_is_dense(pipe, run)
+    check_sparse_runs(pipe, run)
+
+
+def test_timesteps_of_their_own_for_tokens() -> None:
+    """Wan 2.2 TI2V."""
+    pipe = pipeline(expand_timesteps=True)
+    check_nothing_reused_is_dense(pipe, draw)
+    check_sparse_runs(pipe, draw)
+
+
+def test_explain() -> None:
+    pipe = experts()
+    answer = flashomni.explain(pipe, "balanced")
+    assert [row.name for row in answer.rows][1:3] == ["blocks.1", "transformer_2.blocks.0"]
+    assert all((r.attention, r.gemm_q, r.gemm_o) == ("sparse", "rows", "sparse") for r in answer.rows)
+    for text in ("Query and key norms run over all heads", "criterion for S_c is undefined", "not measured"):
+        assert text in str(answer)
+    answer = flashomni.explain(pipe, "quality")
+    assert all((r.attention, r.gemm_q, r.gemm_o) == ("sparse", "dense", "dense") for r in answer.rows)
+
+
+def test_parts_that_stay_in_float32_are_no_obstacle() -> None:
+    """Checkpoints in bfloat16 keep modulation and norms in float32."""
+    model = transformer().to(torch.bfloat16)
+    for block in model.blocks:
+        block.scale_shift_table.data = block.scale_shift_table.data.float()
+    assert not any(row.notes for row in flashomni.explain(model).rows)
