@@ -23,7 +23,7 @@ template <class Element>
 __device__ inline HalfRun<Element> load_run(const Element* from, bool aligned) {
   HalfRun<Element> run;
   if (aligned) {
-    run = *reinterpret_cast<const HalfRun<Element>*>(from);
+    reinterpret_cast<uint4&>(run) = *reinterpret_cast<const uint4*>(from);
   } else {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) run.element[i] = from[i];
@@ -34,7 +34,8 @@ __device__ inline HalfRun<Element> load_run(const Element* from, bool aligned) {
 template <class Element>
 __device__ inline void store_run(Element* to, const HalfRun<Element>& run, bool aligned) {
   if (aligned) {
-    *reinterpret_cast<HalfRun<Element>*>(to) = run;
+    // As a struct it would go element by element.
+    *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>(run);
   } else {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) to[i] = run.element[i];
