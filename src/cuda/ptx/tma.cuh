@@ -30,6 +30,14 @@ __device__ inline void tma_store(const void* map, uint32_t source, BoxStart star
                : "memory");
 }
 
+__device__ inline void tma_store(const void* map, uint32_t source, BoxStart start, uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(
+          map),
+      "r"(source), "r"(start.column), "r"(start.row), "r"(start.head), "r"(start.batch), "l"(l2_policy)
+      : "memory");
+}
+
 __device__ inline void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

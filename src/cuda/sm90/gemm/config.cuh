@@ -16,6 +16,7 @@ struct GemmSizes {
   static constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 128 * (1 + kConsumers);
   static constexpr int kStoreThreads = 128 + 32;
   static constexpr int kTileReaders = 32 * (2 + kConsumerWarps);
+  static constexpr int kStepsAhead = 6;  // of a tile left to load when the next one is claimed
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
   static constexpr uint32_t kRowBytes = kStepK * 2;
   static constexpr uint32_t kNarrowBytes = kNarrow * kRowBytes, kWideBytes = kWide * kRowBytes;
@@ -36,15 +37,15 @@ struct GemmConfig : GemmSizes {
     Tile tile[kTileSlots];
     uint32_t step[kStages];   // GEMM-O: bit i, consumer i takes the stage
     float coefficient[4];     // GEMM-O
-    int arrived[kConsumers];  // of a split tile's parts
-    int stores[kConsumers];   // whether what is staged is to be stored: not of an unfinished part
     // barrier | full: arrivals, by     | empty: arrivals, by                   | guards
     // tiles   | 32, scheduler lanes    | every lane: loader, storer, consumers | tile
     // stages  | 1 + bytes, loader      | consumer warps                        | stage, step
-    // turn[i] | 1, storer: the other consumer's output has left; consumer i waits to fill staging, stores[i]
+    // turn[i] | 1, storer: the other consumer's output has left; consumer i waits to fill staging
+    // asked   | 1, loader: few steps of its last tile are left; the scheduler waits to claim the next one
     RingBarriers<kTileSlots> tiles;
     RingBarriers<kStages> stages;
     uint64_t turn[kConsumers];
+    uint64_t asked;
   };
   static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kSharedBytes <= 227 * 1024);
@@ -54,8 +55,6 @@ struct GemmConfig : GemmSizes {
 enum GemmBarrier : int {
   kOutputStaged0 = 1,  // consumer 0's 128 threads arrive, the storer waits: its output lies in staging
   kOutputStaged1 = 2,
-  kPartWritten0 = 3,  // the 128 threads of consumer 0 wait for each other
-  kPartWritten1 = 4,
 };
 
 }  // namespace flashomni::cuda::sm90

@@ -97,10 +97,9 @@ struct GemmConsumer {
     ptx_ops::wait_parity(shared.turn[id], turn_phase);
     turn_phase ^= 1;
   }
-  /// Hands the turn on with what is staged, if `stores`, else with nothing.
-  __device__ void end_turn(bool stores) {
-    if (ptx_ops::thread_index() % 128 == 0) shared.stores[id] = stores;
-    if (stores) ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+  /// Hands the turn on with what is staged.
+  __device__ void end_turn() {
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     ptx_ops::named_barrier_arrive(kOutputStaged0 + id, Config::kStoreThreads);
   }
 };

@@ -29,7 +29,7 @@ OParameters parameters_of(const TensorView& o, const char* o_name, const TensorV
     p.o_past = matrix_map(o, columns, 1, p.past, 64, o_name);
     p.weight_past = matrix_map(weight, columns, 1, p.past, 128, "weight");
   }
-  p.out = matrix_map(out, 64, "out");
+  p.out = output_of(out, 1, 64, "out");
   p.cache = bits_of(tiles.cache, tiles.cache_indptr);
   p.next = static_cast<int*>(context.workspace);
   p.weight_policy = weight_policy(weight);
@@ -66,14 +66,14 @@ size_t gemm_o_dispatch_workspace(const GemmODispatchArguments&, const Context&) 
 void gemm_o_update(const GemmOUpdateArguments& a, const Context& context) {
   OParameters p = parameters_of(a.o[0], kO[0], a.weight, a.out, a.orders, a.head_dim, a.tiles, context);
   for (int i = 1; i < a.orders; ++i) p.o[i] = matrix_map(a.o[i], 0, a.tiles.heads, a.head_dim, 64, kO[i]);
-  for (int i = 0; i < a.orders; ++i) p.cached[i] = matrix_map(a.cached[i], 64, kCached[i]);
+  for (int i = 0; i < a.orders; ++i) p.cached[i] = output_of(a.cached[i], 1, 64, kCached[i]);
   p.bias = a.bias.present() ? a.bias.data : nullptr;
   launch(p, a.out.dtype, a.out.device.id, context);
 }
 
 void gemm_o_dispatch(const GemmODispatchArguments& a, const Context& context) {
   OParameters p = parameters_of(a.o, "o", a.weight, a.out, a.orders, a.head_dim, a.tiles, context);
-  for (int i = 0; i < a.orders; ++i) p.cached[i] = matrix_map(a.cached[i], 64, kCached[i]);
+  for (int i = 0; i < a.orders; ++i) p.cached[i] = output_of(a.cached[i], 1, 64, kCached[i]);
   p.coefficients = a.coefficients.as<const float>();
   p.coefficient_stride = a.coefficients.strides[0];
   launch(p, a.out.dtype, a.out.device.id, context);

@@ -25,7 +25,7 @@ struct OTile {
 struct OParameters {
   CUtensorMap o[kMaxOrder + 1], weight;  // by heads
   CUtensorMap o_past, weight_past;       // the columns past the heads
-  CUtensorMap cached[kMaxOrder + 1], out;
+  OutputMatrix cached[kMaxOrder + 1], out;  // cached: a Dispatch reads it
   Bits cache;
   int* next;                  // tile to claim beyond the first round
   const void* bias;           // Update: one a feature, or null
@@ -67,27 +67,21 @@ struct TileHeads {
 
 /// Claims tiles ahead of the other warps and tells them.
 template <class Config>
-struct OScheduler {
+struct OScheduler : GemmScheduler<Config> {
   using Element = typename Config::Element;
   static constexpr int kBand = 16;  // row tiles that share the weight's features in the cache
-  typename Config::Shared& shared;
   const OParameters& p;
-  RingCursor<Config::kTileSlots> published;
 
-  __device__ OScheduler(typename Config::Shared& shared, const OParameters& p) : shared(shared), p(p) {}
+  __device__ OScheduler(typename Config::Shared& shared, const OParameters& p)
+      : GemmScheduler<Config>{shared}, p(p) {}
 
   __device__ void run() {
     // A Dispatch has one tile a place, an Update one of every order.
     const int rows = p.row_tiles * p.batch * (p.dispatches() ? 1 : p.orders), tiles = rows * p.column_tiles;
-    for (int tile = blockIdx.x; tile < tiles;) {
-      publish(tile, rows);
-      int claimed = 0;
-      if (ptx_ops::lane_index() == 0) claimed = atomicAdd(p.next, 1);
-      tile = gridDim.x + __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
-    }
-    published.wait_empty_relaxed(shared.tiles);
-    shared.tile[published.slot()].steps[0] = kNoMoreWork;
-    ptx_ops::arrive(shared.tiles.full[published.slot()]);
+    for (int tile = blockIdx.x; tile < tiles; tile = this->claim(p.next)) publish(tile, rows);
+    this->published.wait_empty_relaxed(this->shared.tiles);
+    this->shared.tile[this->published.slot()].steps[0] = kNoMoreWork;
+    this->hand_on();
   }
 
   /// Bands of row tiles, through all features before the next band. Order 0, which takes longest, comes first.
@@ -96,8 +90,8 @@ struct OScheduler {
     const int band = index / (kBand * p.column_tiles), in_band = index % (kBand * p.column_tiles);
     const int height = min(kBand, rows - band * kBand);
     const int row = band * kBand + in_band % height, column = in_band / height * Config::kWide;
-    published.wait_empty_relaxed(shared.tiles);
-    OTile& tile = shared.tile[published.slot()];
+    this->published.wait_empty_relaxed(this->shared.tiles);
+    OTile& tile = this->shared.tile[this->published.slot()];
     if (lane == 0) {
       const int place = row % (p.row_tiles * p.batch), blocks_a_tile = Config::kNarrow / p.block_q;
       tile.order = row / (p.row_tiles * p.batch);
@@ -113,8 +107,7 @@ struct OScheduler {
     if (p.bias != nullptr)
       for (int i = lane; i < min(p.features - column, Config::kWide); i += 32)
         reinterpret_cast<Element*>(tile.bias)[i] = static_cast<const Element*>(p.bias)[column + i];
-    ptx_ops::arrive(shared.tiles.full[published.slot()]);
-    published.advance();
+    this->hand_on();
   }
 };
 
@@ -127,6 +120,7 @@ struct OLoader {
   const bool leader = ptx_ops::elect_one();
   RingCursor<Config::kTileSlots> tiles;
   RingCursor<Config::kStages> stages;
+  int left = 0;  // steps of the tile, cached tensors not counted
 
   __device__ OLoader(typename Config::Shared& shared, const OParameters& p) : shared(shared), p(p) {}
 
@@ -135,6 +129,8 @@ struct OLoader {
       tiles.wait_full(shared.tiles);
       const OTile& tile = shared.tile[tiles.slot()];
       if (tile.steps[0] == kNoMoreWork) return;
+      left = tile.steps[0] + tile.steps[1];
+      if (left < Config::kStepsAhead) ask();
       if (p.dispatches())
         load_cached(tile);
       else
@@ -148,6 +144,10 @@ struct OLoader {
     }
   }
 
+  __device__ void ask() {
+    if (leader) ptx_ops::arrive(shared.asked);
+  }
+
   __device__ void load_cached(const OTile& tile) {
     for (int i = 0; i < p.orders; ++i) {
       if (shared.coefficient[i] == 0) continue;
@@ -159,7 +159,7 @@ struct OLoader {
         shared.step[stages.slot()] = 1u << consumer;
         ptx_ops::arrive_expect_bytes(full, Config::kStagingBytes);
         for (int panel = 0; panel < Config::kWide / 64; ++panel)
-          ptx_ops::tma_load(to + panel * 64 * Config::kRowBytes, &p.cached[i], full,
+          ptx_ops::tma_load(to + panel * 64 * Config::kRowBytes, &p.cached[i].map, full,
                             {tile.column + 64 * panel, tile.row + 64 * consumer, 0, tile.batch}, ptx_ops::kEvictFirst);
       }
     }
@@ -182,6 +182,7 @@ struct OLoader {
   /// the head come as zeros.
   __device__ void load_step(const CUtensorMap& o, const CUtensorMap& weight, const OTile& tile,
                             ptx_ops::BoxStart at, uint32_t consumers) {
+    if (left-- == Config::kStepsAhead) ask();
     stages.wait_empty(shared.stages);
     if (leader) {
       uint64_t& full = shared.stages.full[stages.slot()];
@@ -215,22 +216,22 @@ struct OStorer : GemmStorer<Config> {
       const OTile& tile = this->shared.tile[this->tiles.slot()];
       if (tile.steps[0] == kNoMoreWork) break;
       if (tile.stores == 2) this->store_both([&](int consumer) { copy(p.cached[0], tile, consumer); });
-      const CUtensorMap& last = tile.order == 0 ? p.out : p.cached[tile.order];
+      const OutputMatrix& last = tile.order == 0 ? p.out : p.cached[tile.order];
       this->store_both([&](int consumer) { copy(last, tile, consumer); });
       this->release_tile();
     }
     this->finish();
   }
 
-  __device__ void copy(const CUtensorMap& out, const OTile& tile, int consumer) {
+  __device__ void copy(const OutputMatrix& out, const OTile& tile, int consumer) {
     const int row = tile.row + 64 * consumer;
     if (!p.has_rows(row)) return;
-    const uint32_t staging = ptx_ops::shared_address(this->shared.staging);
 #pragma unroll
     for (int panel = 0; panel < Config::kWide / 64; ++panel) {
       const int column = tile.column + 64 * panel;
       if (column < p.features)
-        ptx_ops::tma_store(&out, staging + panel * 64 * Config::kRowBytes, {column, row, 0, tile.batch});
+        out.store(this->shared.staging + panel * 64 * Config::kRowBytes, 64, {column, row, 0, tile.batch},
+                  this->leader);
     }
   }
 };

@@ -27,7 +27,7 @@ struct OConsumer : GemmConsumer<Config> {
         if (stretch + tile.stores >= 2) {
           this->wait_turn();
           stage(d);
-          this->end_turn(true);
+          this->end_turn();
         }
       }
       this->release_tile();

@@ -15,24 +15,17 @@ QProblem problem_of(const GemmQArguments& a) {
   p.groups = static_cast<int>((head_features + kGroupFeatures - 1) / kGroupFeatures);
   p.first_block = blocks.first, p.blocks = blocks.count;
   p.block_q = a.tiles.block_q, p.row_offset = static_cast<int>(a.tiles.row_offset);
-  p.steps = static_cast<int>((a.weight.size(1) + GemmSizes::kStepK - 1) / GemmSizes::kStepK);
   p.ctas = multiprocessors(a.x.device.id);
   return p;
 }
 
 /// Where the parts of the workspace lie, in bytes.
 struct Layout {
-  int64_t control = 0, items, arrivals, parts, end;
-  int arrival_count;
+  int64_t control = 0, items, end;
 
   explicit Layout(const QProblem& p) {
-    const auto split = std::min<int64_t>(most_split_tiles(p.ctas, p.steps), most_items(p));
-    const int64_t most_parts = split == 0 ? 0 : std::min<int64_t>(p.ctas, split * kMostPartsATile) + split;
-    arrival_count = static_cast<int>(split) * GemmSizes::kConsumers;
     items = aligned(sizeof(QControl));
-    arrivals = items + aligned(most_items(p) * int64_t(sizeof(QItem)));
-    parts = arrivals + aligned(arrival_count * 4);
-    end = parts + most_parts * GemmSizes::kNarrow * GemmSizes::kWide * 4;
+    end = items + aligned(most_items(p) * int64_t(sizeof(QItem)));
   }
 };
 
@@ -66,16 +59,15 @@ void gemm_q(const GemmQArguments& a, const Context& context) {
   QParameters p{};
   p.x = matrix_map(a.x, problem.block_q, "x");
   p.weight = matrix_map(a.weight, 64, "weight");
-  p.out = matrix_map(a.out, 0, a.tiles.heads, head_features, problem.block_q, "out");
+  p.out = output_of(a.out, a.tiles.heads, problem.block_q, "out");
   auto* items = reinterpret_cast<QItem*>(workspace + layout.items);
   p.items = items, p.control = reinterpret_cast<QControl*>(workspace + layout.control);
-  p.parts = reinterpret_cast<float4*>(workspace + layout.parts);
-  p.arrivals = reinterpret_cast<int*>(workspace + layout.arrivals);
   p.bias = a.bias.present() ? a.bias.data : nullptr;
   p.weight_policy = weight_policy(a.weight);
-  p.steps = problem.steps, p.heads = problem.heads, p.head_features = static_cast<int>(head_features);
+  p.steps = static_cast<int>((a.weight.size(1) + GemmSizes::kStepK - 1) / GemmSizes::kStepK);
+  p.heads = problem.heads, p.head_features = static_cast<int>(head_features);
   p.block_q = problem.block_q, p.activation = a.activation;
-  launch_q_plan({problem, items, p.control, p.arrivals, layout.arrival_count}, stream);
+  launch_q_plan({problem, items, p.control}, stream);
   if (a.x.dtype == DType::kFloat16)
     launch_gemm<GemmQ<__half>>(p, a.x.device.id, stream);
   else

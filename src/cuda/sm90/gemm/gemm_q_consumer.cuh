@@ -1,4 +1,4 @@
-// GEMM-Q's consumers: products of 64 features and up to 256 tokens, the sums of split tiles, the epilogue.
+// GEMM-Q's consumers: products of 64 features and up to 256 tokens, and the epilogue.
 #pragma once
 
 #include "src/cuda/sm90/gemm/gemm_q.cuh"
@@ -42,58 +42,23 @@ struct QConsumer : GemmConsumer<Config> {
     float d[kTokens / 2];
     begin(d, tile);
     this->template multiply<kTokens, false>(d, tile.steps, features, tokens);
-    const bool whole = tile.parts == 1 || add_parts(d, tile);
-    if (whole) activate(d);
+    activate(d);
     this->wait_turn();
-    if (whole) stage(d);
-    this->end_turn(whole);
+    stage(d);
+    this->end_turn();
   }
 
-  /// With the bias, or at zero where that is an earlier part's. A thread's registers hold two features: of every
-  /// four values two are of feature `row`, two of `row` + 8.
+  /// With the bias. A thread's registers hold two features: of every four values two are of feature `row`, two of
+  /// `row` + 8.
   template <int kCount>
   __device__ void begin(float (&d)[kCount], const QTile& tile) {
-    const bool biased = p.bias != nullptr && tile.first_step == 0;
+    const bool biased = p.bias != nullptr;
     const int thread = ptx_ops::thread_index() % 128;
     const int row = (tile.one_panel ? 0 : 64 * this->id) + thread / 32 * 16 + thread % 32 / 4;
     const auto* bias = reinterpret_cast<const Element*>(tile.bias) + row;
     const float low = biased ? float(bias[0]) : 0, high = biased ? float(bias[8]) : 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) d[i] = i % 4 < 2 ? low : high;
-  }
-
-  /// Leaves this part's sums in the workspace, a float4 of every thread side by side. The last part of the
-  /// tile gets the sum of all in d, and true.
-  template <int kCount>
-  __device__ bool add_parts(float (&d)[kCount], const QTile& tile) {
-    constexpr int kVectors = Config::kWide / 8;
-    const int thread = ptx_ops::thread_index() % 128;
-    const auto vectors_of = [&](int cta) {
-      return p.parts + (int64_t(part_slot(cta, tile.split)) * Config::kConsumers + this->id) * kVectors * 128 + thread;
-    };
-    float4* mine = vectors_of(blockIdx.x);
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i)
-      __stcg(mine + i * 128, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
-    __threadfence();
-    ptx_ops::named_barrier_sync(kPartWritten0 + this->id, 128);
-    if (thread == 0)
-      this->shared.arrived[this->id] = atomicAdd(&p.arrivals[tile.split * Config::kConsumers + this->id], 1);
-    ptx_ops::named_barrier_sync(kPartWritten0 + this->id, 128);
-    if (this->shared.arrived[this->id] != tile.parts - 1) return false;
-    __threadfence();
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) d[i] = 0;
-#pragma unroll 1
-    for (int part = 0; part < tile.parts; ++part) {
-      const float4* vectors = vectors_of(tile.first_cta + part);
-#pragma unroll
-      for (int i = 0; i < kCount / 4; ++i) {
-        const float4 v = __ldcg(vectors + i * 128);
-        d[4 * i] += v.x, d[4 * i + 1] += v.y, d[4 * i + 2] += v.z, d[4 * i + 3] += v.w;
-      }
-    }
-    return true;
   }
 
   template <int kCount>

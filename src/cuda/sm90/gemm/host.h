@@ -3,6 +3,7 @@
 
 #include "flashomni/gemm.h"
 #include "src/cuda/ptx/tma.cuh"
+#include "src/cuda/sm90/gemm/output.cuh"
 #include "src/cuda/sm90/tensor_map.h"
 
 namespace flashomni::cuda::sm90 {
@@ -30,6 +31,19 @@ inline CUtensorMap matrix_map(const TensorView& t, int64_t first, int64_t heads,
 }
 inline CUtensorMap matrix_map(const TensorView& t, int box_rows, const char* name) {
   return matrix_map(t, 0, 1, t.size(t.ndim - 1), box_rows, name);
+}
+
+/// What tiles of `box_rows` rows are stored to. What fills half of the L2 cache passes through it.
+inline OutputMatrix output_of(const TensorView& t, int64_t heads, int box_rows, const char* name) {
+  constexpr int64_t kStays = 24 << 20;
+  const int64_t columns = t.size(2) / heads;
+  return {matrix_map(t, 0, heads, columns, box_rows, name),
+          t.as<unsigned char>(),
+          t.strides[0] * 2,
+          t.strides[1] * 2,
+          t.numel() * 2 <= kStays ? ptx_ops::kEvictNormal : ptx_ops::kEvictFirst,
+          static_cast<int>(t.size(1)),
+          static_cast<int>(columns)};
 }
 
 /// Row blocks of the joint sequence that a matrix of `rows` rows touches.

@@ -6,6 +6,7 @@
 #include "src/cuda/ptx/control.cuh"
 #include "src/cuda/ptx/tma.cuh"
 #include "src/cuda/sm90/gemm/config.cuh"
+#include "src/cuda/sm90/gemm/output.cuh"
 #include "src/cuda/sm90/launch.h"
 
 namespace flashomni::cuda::sm90 {
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
     shared.tiles.init(32, Config::kTileReaders);
     shared.stages.init(1, Config::kConsumerWarps);
     for (uint64_t& turn : shared.turn) ::cuda::ptx::mbarrier_init(&turn, 1);
+    ::cuda::ptx::mbarrier_init(&shared.asked, 1);
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
   }
   cudaGridDependencySynchronize();  // the plan's list, and all that came before it
@@ -63,6 +65,29 @@ void launch_gemm(const typename Roles::Parameters& p, int device, cudaStream_t s
   check_cuda(cudaLaunchKernelEx(&config, gemm_kernel<Roles>, p), "gemm_kernel");
 }
 
+/// Tells tiles to the other warps. A tile is claimed when the loader asks for it, not sooner: a CTA that held
+/// several would keep them from CTAs that are free.
+template <class Config>
+struct GemmScheduler {
+  using Shared = typename Config::Shared;
+  Shared& shared;
+  RingCursor<Config::kTileSlots> published;
+  uint32_t asked_phase = 0;
+
+  /// The next tile, once the loader is about to need it: the first round's have the CTAs' own numbers.
+  __device__ int claim(int* counter) {
+    ptx_ops::wait_parity_relaxed(shared.asked, asked_phase);
+    asked_phase ^= 1;
+    int claimed = 0;
+    if (ptx_ops::lane_index() == 0) claimed = atomicAdd(counter, 1);
+    return gridDim.x + __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
+  }
+  __device__ void hand_on() {
+    ptx_ops::arrive(shared.tiles.full[published.slot()]);
+    published.advance();
+  }
+};
+
 /// Sends one consumer's output on its way after the other's: waits until it is staged, lets `copy` store it,
 /// and hands the turn on when the staging buffer has been read.
 template <class Config>
@@ -77,12 +102,11 @@ struct GemmStorer {
 #pragma unroll
     for (int i = 0; i < Config::kConsumers; ++i) {
       ptx_ops::named_barrier_sync(kOutputStaged0 + i, Config::kStoreThreads);
+      copy(i);
+      __syncwarp();
       if (leader) {
-        if (shared.stores[i]) {
-          copy(i);
-          ::cuda::ptx::cp_async_bulk_commit_group();
-          ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{});
-        }
+        ::cuda::ptx::cp_async_bulk_commit_group();
+        ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{});
         ptx_ops::arrive(shared.turn[1 - i]);
       }
       __syncwarp();

@@ -1,8 +1,9 @@
 // GEMM-Q's plan. A list a (batch element, head): its active row blocks in order, 256 tokens a tile. Each CTA
 // counts every list, so that it knows its own list's place without waiting for the others, and writes that list.
 //
-// The order of tiles: bands of a few tiles of every list, so that the heads that read the same tokens run
-// together; then the lists' ends that fill at most half a tile, as their tiles are short and even out the tail.
+// The order of tiles: bands of row blocks, of each band the tiles of all lists that begin in it, so that what
+// runs at one time reads the same tokens whatever the pattern; then tiles of half the width, which are short and
+// even out the tail: the lists' ends, and the last wide tiles halved where they would leave SMs idle.
 #include "src/cuda/sm90/gemm/plan.h"
 
 #include <algorithm>
@@ -16,9 +17,12 @@ namespace flashomni::cuda::sm90 {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kBand = 8;            // wide tiles of a list: 2048 tokens
-constexpr int kMostLists = 4096;    // whose counts shared memory holds
-constexpr int kMostRowBlocks = 48 * 1024;  // which shared memory holds, too
+constexpr int kBandTokens = 2048;
+constexpr int kMostLists = 4096;
+constexpr int kMostCounts = 2 * kMostLists;  // a band and list: what shared memory holds
+constexpr int kMostRowBlocks = 40 * 1024;    // which shared memory holds, too
+// Counts of all bands and of the border past the last one.
+constexpr int kMostShared = (kMostCounts + kMostLists + kMostRowBlocks) * 4;
 constexpr int kMostSharers = 8;     // CTAs that write one list, of which each takes some of its groups
 
 /// What a list of active row blocks becomes.
@@ -31,24 +35,40 @@ struct ListTiles {
   }
 };
 
-/// Active row blocks of every list.
-__device__ void count_lists(const QProblem& p, int* counts) {
+/// Row blocks a band, and bands.
+struct Bands {
+  int blocks, count;
+  __host__ __device__ explicit Bands(const QProblem& p) {
+    const int most = max(kMostCounts / (p.batch * p.heads) - 1, 1);
+    blocks = max(kBandTokens / p.block_q, (p.blocks + most - 1) / most);
+    count = (p.blocks + blocks - 1) / blocks;
+  }
+  __host__ __device__ int counts(const QProblem& p) const { return (count + 1) * p.batch * p.heads; }
+
+ private:
+  __host__ __device__ static int max(int a, int b) { return a > b ? a : b; }
+};
+
+/// before[b * lists + i]: active row blocks of list i that come before band b, for b up to the number of bands.
+__device__ void count_lists(const QProblem& p, const Bands& bands, int* before) {
   const int lists = p.batch * p.heads;
-  for (int i = threadIdx.x; i < lists; i += kThreads) counts[i] = 0;
+  for (int i = threadIdx.x; i < (bands.count + 1) * lists; i += kThreads) before[i] = 0;
   __syncthreads();
   const int64_t first = int64_t(p.first_block) * p.heads, bits = int64_t(p.blocks) * p.heads;
   const int words = static_cast<int>((bits + kBitsAWord - 1) / kBitsAWord);
   for (int i = threadIdx.x; i < words * p.batch; i += kThreads) {
     const int b = i / words;
-    const int64_t at = int64_t(i % words) * kBitsAWord;
+    const int64_t at = int64_t(i - b * words) * kBitsAWord;
     uint32_t word = p.cache.word(b, first + at) & low_bits(static_cast<int>(min(bits - at, int64_t(kBitsAWord))));
-    if (p.heads == 1) {
-      atomicAdd(&counts[b], __popc(word));
-      continue;
+    const int block = static_cast<int>(at / p.heads), head = static_cast<int>(at - int64_t(block) * p.heads);
+    for (; word != 0; word &= word - 1) {
+      const int past = head + __ffs(word) - 1, down = past / p.heads;
+      atomicAdd(&before[((block + down) / bands.blocks + 1) * lists + b * p.heads + past - down * p.heads], 1);
     }
-    for (const int head = static_cast<int>(at % p.heads); word != 0; word &= word - 1)
-      atomicAdd(&counts[b * p.heads + (head + __ffs(word) - 1) % p.heads], 1);
   }
+  __syncthreads();
+  for (int i = threadIdx.x; i < lists; i += kThreads)
+    for (int b = 1; b <= bands.count; ++b) before[b * lists + i] += before[(b - 1) * lists + i];
   __syncthreads();
 }
 
@@ -74,77 +94,94 @@ __device__ void compact(const QProblem& p, int batch, int head, int* active) {
   }
 }
 
+/// Wide tiles of a list that begin before its `active`-th active row block.
+__device__ int wide_before(const ListTiles& list, int active, int block_q) {
+  const int full = 256 / block_q;
+  return min((active + full - 1) / full, list.wide);
+}
+
+/// Wide tiles that come before those of `list` in band `band`: a warp's lanes together.
+__device__ int place_of(const QProblem& p, const Bands& bands, const int* before, int list, int band) {
+  const int lists = p.batch * p.heads;
+  int place = 0;
+  for (int i = threadIdx.x % 32; i < lists; i += 32) {
+    const ListTiles tiles(before[bands.count * lists + i], p.block_q);
+    place += wide_before(tiles, before[(i < list ? band + 1 : band) * lists + i], p.block_q);
+  }
+  return __reduce_add_sync(ptx_ops::kWholeWarp, place);
+}
+
 struct Sums {
-  int wide, narrow, wide_before, narrow_before;
+  int wide, narrow, narrow_before;
 };
-/// Tiles of all lists and of those before `list`, a warp's lanes together; of each list, only wide tiles
-/// [first, first + most) count.
-__device__ Sums sum_lists(const QProblem& p, const int* counts, int list, int first, int most) {
+/// Tiles of all lists, and of those before `list`: a warp's lanes together.
+__device__ Sums sum_lists(const QProblem& p, const int* counts, int list) {
   Sums s{};
   for (int i = threadIdx.x % 32; i < p.batch * p.heads; i += 32) {
     const ListTiles tiles(counts[i], p.block_q);
-    const int wide = min(max(tiles.wide - first, 0), most);
-    s.wide += wide, s.narrow += tiles.narrow;
-    if (i < list) s.wide_before += wide, s.narrow_before += tiles.narrow;
+    s.wide += tiles.wide, s.narrow += tiles.narrow;
+    if (i < list) s.narrow_before += tiles.narrow;
   }
   return {__reduce_add_sync(ptx_ops::kWholeWarp, s.wide), __reduce_add_sync(ptx_ops::kWholeWarp, s.narrow),
-          __reduce_add_sync(ptx_ops::kWholeWarp, s.wide_before),
           __reduce_add_sync(ptx_ops::kWholeWarp, s.narrow_before)};
 }
 
-__device__ QItem item_of(const QProblem& p, const int* active, int count, int tile, int list, int group) {
+/// The active row blocks [first, last) of a list.
+__device__ QItem item_of(const QProblem& p, const int* active, int first, int last, int list, int group) {
   QItem item;
-  const int full = 256 / p.block_q;
 #pragma unroll
-  for (int i = 0; i < kMostBlocks; ++i) {
-    const int at = tile * full + i;
+  for (int i = 0; i < kMostBlocks; ++i)
     item.row[i] =
-        i < full && at < count ? (p.first_block + active[at]) * p.block_q - p.row_offset : kNoRow;
-  }
+        first + i < last ? (p.first_block + active[first + i]) * p.block_q - p.row_offset : kNoRow;
   item.batch_head = list, item.group = group;
   return item;
 }
 
-/// How many tiles are split, and over how many CTAs: those left over from whole rounds, if that pays.
-__device__ void write_control(const QPlanArguments& a, int wide, int narrow) {
-  const int ctas = a.problem.ctas, steps = a.problem.steps;
-  const int64_t halves = 2 * int64_t(wide) + narrow, rounds = halves / (2 * ctas);
-  const int rest = static_cast<int>((halves - rounds * 2 * ctas + 1) / 2);
-  int split = rounds == 0 ? wide + narrow : min(wide, rest);
-  if (split > most_split_tiles(ctas, steps)) split = 0;
-  const int split_ctas = min(ctas, split * min(kMostPartsATile, steps));
-  *a.control = {wide, narrow, split, split_ctas, 0};
+/// Wide tiles to halve: those left over from whole rounds (all SMs busy), where their halves fit one round of
+/// half the length.
+__device__ int halved_tiles(int wide, int narrow, int ctas) {
+  const int rest = wide % ctas;
+  return 2 * rest + narrow <= ctas ? rest : 0;
 }
 
 __global__ void __launch_bounds__(kThreads, 1) q_plan_kernel(const __grid_constant__ QPlanArguments a) {
   cudaTriggerProgrammaticLaunchCompletion();  // the next kernel may be set up; it waits for this one's end
-  __shared__ int counts[kMostLists];
-  extern __shared__ int active[];
+  extern __shared__ int dynamic[];
   const QProblem& p = a.problem;
-  const int list = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  count_lists(p, counts);
+  const Bands bands(p);
+  int *before = dynamic, *active = dynamic + bands.counts(p);
+  const int list = blockIdx.x, lists = p.batch * p.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  count_lists(p, bands, before);
   compact(p, list / p.heads, list % p.heads, active);
+  const int* counts = before + bands.count * lists;
   const int count = counts[list];
   const ListTiles mine(count, p.block_q);
-  const Sums all = sum_lists(p, counts, list, 0, INT_MAX);
-  const int wide = all.wide * p.groups, narrow = all.narrow * p.groups;
+  const Sums all = sum_lists(p, counts, list);
+  const int wide = all.wide * p.groups, narrow = all.narrow * p.groups, full = 256 / p.block_q;
+  const int halved = halved_tiles(wide, narrow, p.ctas), kept = wide - halved;
 
-  for (int band = warp; band * kBand < mine.wide; band += kWarps) {
-    const int first = band * kBand, tiles = min(mine.wide - first, kBand);
-    const int before = sum_lists(p, counts, list, 0, first).wide * p.groups +
-                       sum_lists(p, counts, list, first, kBand).wide_before * p.groups;
+  for (int band = warp; band < bands.count; band += kWarps) {
+    const int first = wide_before(mine, before[band * lists + list], p.block_q);
+    const int tiles = wide_before(mine, before[(band + 1) * lists + list], p.block_q) - first;
+    const int place = place_of(p, bands, before, list, band) * p.groups;
     for (int group = blockIdx.y; group < p.groups; group += gridDim.y)
-      if (lane < tiles)
-        a.items[before + group * tiles + lane] = item_of(p, active, count, first + lane, list, group);
+      for (int i = lane; i < tiles; i += 32) {
+        const int at = place + group * tiles + i, block = (first + i) * full, past = at - kept;
+        const int last = min(block + full, count), middle = block + full / 2;
+        if (past < 0) {
+          a.items[at] = item_of(p, active, block, last, list, group);
+        } else {
+          a.items[kept + 2 * past] = item_of(p, active, block, middle, list, group);
+          a.items[kept + 2 * past + 1] = item_of(p, active, middle, last, list, group);
+        }
+      }
   }
   if (mine.narrow)
     for (int group = blockIdx.y + gridDim.y * threadIdx.x; group < p.groups; group += gridDim.y * kThreads)
-      a.items[wide + all.narrow_before * p.groups + group] =
-          item_of(p, active, count, mine.wide, list, group);
-  if (blockIdx.x == 0 && blockIdx.y == 0) {
-    for (int i = threadIdx.x; i < a.arrival_count; i += kThreads) a.arrivals[i] = 0;
-    if (threadIdx.x == 0) write_control(a, wide, narrow);
-  }
+      a.items[kept + 2 * halved + all.narrow_before * p.groups + group] =
+          item_of(p, active, mine.wide * full, count, list, group);
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
+    *a.control = {kept + 2 * halved + narrow, 0};
 }
 
 __global__ void o_plan_kernel(int* counter) {
@@ -155,7 +192,7 @@ __global__ void o_plan_kernel(int* counter) {
 }  // namespace
 
 int64_t most_items(const QProblem& p) {
-  return int64_t(p.batch) * p.heads * p.groups * (p.blocks / (256 / p.block_q) + 1);
+  return int64_t(p.batch) * p.heads * p.groups * (p.blocks / (256 / p.block_q) + 1) + p.ctas / 2;
 }
 
 void check_plan_serves(const QProblem& p) {
@@ -175,11 +212,16 @@ void launch_q_plan(const QPlanArguments& a, cudaStream_t stream) {
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   configured.once(device, [] {
-    check_cuda(cudaFuncSetAttribute(q_plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostRowBlocks * 4),
+    check_cuda(cudaFuncSetAttribute(q_plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared),
+               "q_plan_kernel's shared memory");
+    // As the kernel after it: to divide the SMs' memory anew costs microseconds.
+    check_cuda(cudaFuncSetAttribute(q_plan_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
                "q_plan_kernel's shared memory");
   });
   const dim3 grid(a.problem.batch * a.problem.heads, std::min(a.problem.groups, kMostSharers));
-  q_plan_kernel<<<grid, kThreads, a.problem.blocks * 4, stream>>>(a);
+  const int bytes = (Bands(a.problem).counts(a.problem) + a.problem.blocks) * 4;
+  q_plan_kernel<<<grid, kThreads, bytes, stream>>>(a);
   check_cuda(cudaGetLastError(), "q_plan_kernel");
 }
 

@@ -17,16 +17,13 @@ struct QProblem {
   int batch, heads, groups;  // groups: of up to 128 features, a head
   int first_block, blocks;   // row blocks of the joint sequence that the matrix touches
   int block_q, row_offset;
-  int steps;  // of the reduction
-  int ctas;   // of the kernel
+  int ctas;  // of the kernel
 };
 
 struct QPlanArguments {
   QProblem problem;
   QItem* items;  // [most_items]
   QControl* control;
-  int* arrivals;  // [arrival_count]: set to zero
-  int arrival_count;
 };
 
 /// One launch, whose shape depends on the tensors' shapes alone.
