@@ -36,6 +36,15 @@ class Inputs:
     def __setitem__(self, name: str, value: Any) -> None:
         self.kwargs[name] = value
 
+    def refuse_options(self, name: str, known: tuple[str, ...] = ("scale",)) -> None:
+        """NotImplementedError for entries of the dict `name` that processors would have to understand."""
+        unknown = sorted(set(self[name] or ()) - set(known))
+        if unknown:
+            raise NotImplementedError(
+                f"{name}: expected nothing but {', '.join(known)}, got {', '.join(unknown)}; call the model "
+                "inside `with flashomni.disabled(...)`"
+            )
+
 
 @functools.cache
 def _parameters(model: type) -> tuple[str, ...]:

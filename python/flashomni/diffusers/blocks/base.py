@@ -28,6 +28,7 @@ class Projections:
     out: str | None = None
     after_out: str | None = None  # applied to out's result (dropout)
     across_heads: bool = False  # norm_q and norm_k are over all heads at once, before the split
+    other_norms: bool = False  # they are no RMS norms: always called as modules, on all rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class Layer:
         for name in (stream.q, stream.k, stream.v):
             self.look(attention, name, why_not_plain)
         for name in (stream.norm_q, stream.norm_k):
-            if name is not None:
+            if name is not None and not stream.other_norms:
                 self.look(attention, name, why_no_wide_norm if stream.across_heads else why_no_norm)
         if stream.out is not None:
             self.gemm_o &= self.look(attention, stream.out, why_not_plain)
@@ -172,6 +173,8 @@ def feed_forward_scratch(
     """The inner activations of feed-forwards that run as two products, by their rows."""
     found = []
     for name, count in zip(names, rows, strict=False):
+        if part(layer.block, name) is None:
+            continue
         if any(note.split()[0] == name and "weight that is no plain" not in note for note in layer.fallbacks):
             continue
         found.append((f"feed_forward {count}", count * part(layer.block, name).net[0].proj.out_features))

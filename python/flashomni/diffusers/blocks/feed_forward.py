@@ -57,9 +57,9 @@ def fused_activation(module: nn.Module) -> str | None:
 def why_not_fused(module: nn.Module, dtype: torch.dtype) -> str | None:
     """None if a FeedForward is Linear, GELU, Linear and nothing else that has an effect; else what it is."""
     net = getattr(module, "net", ())
-    if type(module).__name__ != "FeedForward" or len(net) != 3 or type(net[0]).__name__ != "GELU":
+    if type(module).__name__ != "FeedForward" or len(net) not in (3, 4) or type(net[0]).__name__ != "GELU":
         return f"is {type(module).__name__} of another make than Linear, GELU, Linear"
-    if net[1].training and net[1].p > 0:
+    if any(dropout.training and dropout.p > 0 for dropout in net[1::2]):
         return "has dropout in effect"
     if net[0].__dict__.get("forward") is not None or net[0]._forward_hooks or net[0]._forward_pre_hooks:
         return "has hooks on its activation"

@@ -32,7 +32,8 @@ class JointBlocks(Blocks):
     """The processor does everything around the attention: it is called as (attention, hidden_states,
     encoder_hidden_states, .. masks and RoPE by name) and returns (image, text).
 
-    feed_forward: names of the FeedForward modules in a block, of the image and of the text.
+    feed_forward: names of the FeedForward modules in a block, of the image and of the text; or of the one
+    that takes both. A block may be without the text's out and feed-forward (the last: nobody reads its text).
     """
 
     image: Projections
@@ -49,9 +50,8 @@ class JointBlocks(Blocks):
             layer.look(layer.block, name, why_not_fused)
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
-        feed_forwards = [
-            intercept_feed_forward(call.engine, part(layer.block, name)) for name in self.feed_forward
-        ]
+        modules = [part(layer.block, name) for name in self.feed_forward]
+        feed_forwards = [intercept_feed_forward(call.engine, m) for m in modules if m is not None]
         attention = layer.attention
         restore_processor = put_processor(attention, JointProcessor(call, layer, attention.processor))
 
@@ -64,25 +64,27 @@ class JointBlocks(Blocks):
 
     def shape_of(self, layer: Layer, image: int, text: int) -> LayerShape:
         tokens = image + text
-        linears = [part(layer.attention, self.image.out), part(layer.attention, self.text.out)]
+        streams = ((image, self.image), (text, self.text))
+        outs = [(rows, part(layer.attention, stream.out)) for rows, stream in streams]
+        outs = [(rows, out) for rows, out in outs if out is not None]
+        rows = (image, text) if len(self.feed_forward) > 1 else (tokens,)
         return LayerShape(
             name=layer.name,
             heads=layer.heads,
             head_dim=layer.head_dim,
             tokens=tokens,
-            outputs=tuple(
-                (rows, linear.out_features) for rows, linear in zip((image, text), linears, strict=True)
-            ),
-            keeps_o=keeps_o(linears),
+            outputs=tuple((rows, out.out_features) for rows, out in outs),
+            keeps_o=keeps_o([out for _, out in outs]),
             scratch=(
                 ("o", tokens * layer.width),
-                *feed_forward_scratch(layer, self.feed_forward, (image, text)),
+                *feed_forward_scratch(layer, self.feed_forward, rows),
             ),
         )
 
 
 class JointProcessor(Processor):
-    """Attention processor of a block that keeps text and image apart: (image, text), each [B, tokens, C]."""
+    """Attention processor of a block that keeps text and image apart: (image, text), each [B, tokens, C];
+    text is None where it has no output projection."""
 
     def __call__(
         self,
@@ -92,7 +94,7 @@ class JointProcessor(Processor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
         encoder_hidden_states_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         masks = {
             "attention_mask": attention_mask,
             "encoder_hidden_states_mask": encoder_hidden_states_mask,
@@ -106,6 +108,10 @@ class JointProcessor(Processor):
         refuse_masks(spec, layer.name, masks)
         joint = self.call.lay_out(encoder_hidden_states.shape[1], hidden_states.shape[1])
         image, text = joint.image, joint.text
+        outputs = [Output(part(attn, spec.image.out), image.start, image.length)]
+        text_out = part(attn, spec.text.out)
+        if text_out is not None:
+            outputs.append(Output(text_out, text.start, text.length))
         attention = Attention(
             layer=layer.index,
             heads=layer.heads,
@@ -117,16 +123,13 @@ class JointProcessor(Processor):
                 stream_of(attn, spec.text, encoder_hidden_states, text.start),
                 stream_of(attn, spec.image, hidden_states, image.start),
             ],
-            outputs=[
-                Output(part(attn, spec.image.out), image.start, image.length),
-                Output(part(attn, spec.text.out), text.start, text.length),
-            ],
+            outputs=outputs,
             o=self.engine.buffers.take(
                 "o", (hidden_states.shape[0], joint.tokens, layer.width), hidden_states
             ),
             rope=rope_of(self.call, spec, image_rotary_emb, joint),
         )
-        of_image, of_text = self.engine.attend(attention)
+        of_image, *of_text = self.engine.attend(attention)
         if spec.image.after_out is not None:
             of_image = part(attn, spec.image.after_out)(of_image)
-        return of_image, of_text
+        return of_image, of_text[0] if of_text else None

@@ -60,7 +60,7 @@ class PlainBlocks(Blocks):
         return restore
 
     def shape_of(self, layer: Layer, image: int, text: int) -> LayerShape:
-        tokens, out = image + text, part(layer.attention, self.stream.out)
+        tokens, out = image + text * self.has_text, part(layer.attention, self.stream.out)
         return LayerShape(
             name=layer.name,
             heads=layer.heads,

@@ -6,12 +6,16 @@ from torch import nn
 
 from flashomni.diffusers.families import (
     chroma,
+    cogvideox,
     flux,
     flux2,
     hunyuan_image,
     hunyuan_video,
     hunyuan_video15,
+    ltx,
+    pixart,
     qwen_image,
+    sd3,
     wan,
     z_image,
 )
@@ -28,7 +32,21 @@ def register_family(family: Family) -> None:
     FAMILIES.update(dict.fromkeys(family.models, family))
 
 
-for _module in (chroma, flux, flux2, hunyuan_image, hunyuan_video, hunyuan_video15, qwen_image, wan, z_image):
+for _module in (
+    chroma,
+    cogvideox,
+    flux,
+    flux2,
+    hunyuan_image,
+    hunyuan_video,
+    hunyuan_video15,
+    ltx,
+    pixart,
+    qwen_image,
+    sd3,
+    wan,
+    z_image,
+):
     for _family in _module.FAMILIES:
         register_family(_family)
 

@@ -6,6 +6,10 @@ from flashomni.diffusers import rope
 from flashomni.diffusers.blocks import PlainBlocks, Projections
 from flashomni.diffusers.families.base import ACROSS_HEADS, CROSS_DENSE, TEXTLESS, Family, textless_presets
 
+WIDE_NORMS = Projections(
+    "to_q", "to_k", "to_v", "norm_q", "norm_k", out="to_out.0", after_out="to_out.1", across_heads=True
+)
+
 WAN = Family(
     models=("WanTransformer3DModel",),
     blocks=(
@@ -13,16 +17,7 @@ WAN = Family(
             path="blocks",
             block="WanTransformerBlock",
             attention="attn1",
-            stream=Projections(
-                "to_q",
-                "to_k",
-                "to_v",
-                "norm_q",
-                "norm_k",
-                out="to_out.0",
-                after_out="to_out.1",
-                across_heads=True,
-            ),
+            stream=WIDE_NORMS,
             processor="WanAttnProcessor",
             feed_forward=("ffn",),
             has_text=False,

@@ -1,0 +1,97 @@
+"""CogVideoX: text first, one set of projections for both streams, LayerNorms of queries and keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.schedulers import CogVideoXDPMScheduler
+from family_checks import check_nothing_reused_is_dense, check_sparse_runs, config, lively, quiet
+
+import flashomni
+
+
+def pipeline(scheduler=None, rotary: bool = True) -> CogVideoXPipeline:
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        sample_width=16,
+        sample_height=14,
+        sample_frames=9,
+        max_text_seq_length=20,
+        use_rotary_positional_embeddings=rotary,
+    )
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
+    return quiet(
+        CogVideoXPipeline(transformer=lively(model), scheduler=scheduler or CogVideoXDDIMScheduler(), **parts)
+    )
+
+
+def draw(pipe, steps: int, batch: int = 1, guided: bool = False, **options) -> torch.Tensor:
+    """3 frames of 7 x 8 tokens with 20 of text."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    inputs = {
+        "prompt_embeds": noise(batch, 20, 16),
+        "latents": noise(batch, 3, 4, 14, 16),
+        "generator": generator,
+    }
+    if guided:
+        inputs["negative_prompt_embeds"] = noise(batch, 20, 16)
+    sizes = {"height": 112, "width": 128, "num_frames": 9, "num_inference_steps": steps}
+    scale = 6.0 if guided else 1.0
+    return pipe(**inputs, **sizes, **options, guidance_scale=scale, output_type="latent").frames
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_nothing_reused_is_dense(rotary: bool) -> None:
+    check_nothing_reused_is_dense(pipeline(rotary=rotary), draw)
+
+
+def test_guidance_in_one_batch() -> None:
+    def run(pipe, steps: int) -> torch.Tensor:
+        return draw(pipe, steps, batch=2, guided=True)
+
+    pipe = pipeline(CogVideoXDPMScheduler())
+    check_nothing_reused_is_dense(pipe, run)
+    assert check_sparse_runs(pipe, run).passes == 8
+
+
+def test_the_papers_policy_caches_video_and_never_text() -> None:
+    pipe = pipeline()
+    flashomni.enable(pipe, config(tau_q=0.9, tau_kv=0.5, ramp_power=0))
+    draw(pipe, 8)
+    for symbols in flashomni.stats(pipe).symbols.values():
+        cache, skip = symbols.masks()
+        assert bool(cache[:, :, 0].all()) and not bool(cache.all())
+        assert bool(skip[..., 0][cache].all())
+
+
+def test_memory() -> None:
+    pipe = pipeline()
+    said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=20)
+    flashomni.enable(pipe, config())
+    draw(pipe, 8)
+    assert said.by_kind == flashomni.stats(pipe).bytes_held
+
+
+def test_options_of_processors_are_refused() -> None:
+    pipe = pipeline()
+    flashomni.enable(pipe, config())
+    with pytest.raises(NotImplementedError, match="attention_kwargs: expected nothing but scale, got mask"):
+        draw(pipe, 2, attention_kwargs={"mask": 1})
+
+
+def test_explain() -> None:
+    answer = flashomni.explain(pipeline(), "balanced")
+    assert all((r.attention, r.gemm_q, r.gemm_o) == ("sparse",) * 3 and not r.notes for r in answer.rows)
+    assert "LayerNorms: called as modules on all tiles" in str(answer)
