@@ -36,6 +36,9 @@ class RingCursor {
   __device__ void wait_empty_relaxed(RingBarriers<kSlots>& ring) const {
     ptx_ops::wait_parity_relaxed(ring.empty[slot()], phase() ^ 1);
   }
+  __device__ bool is_full(RingBarriers<kSlots>& ring) const {
+    return ::cuda::ptx::mbarrier_test_wait_parity(&ring.full[slot()], phase());
+  }
   __device__ bool is_empty(RingBarriers<kSlots>& ring) const {
     return ::cuda::ptx::mbarrier_test_wait_parity(&ring.empty[slot()], phase() ^ 1);
   }

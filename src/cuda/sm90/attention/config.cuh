@@ -77,6 +77,7 @@ struct AttentionConfig {
   static constexpr bool kOverlapsTiles = kQuerySlots == 2;  // the next tile's query waits beside this one's
   static constexpr int kMaskSlots = 2;
   static constexpr int kTileSlots = 4, kTilesAhead = 3;  // claimed before they are stored
+  static constexpr int kStepsAhead = 6;  // of a tile left to load when a patient manager claims the next one
   // Two producer warps: the manager (schedules and stores) and the loader. Beside two consumers they give
   // registers away, which takes a whole warpgroup: two more warps, which leave at once.
   static constexpr bool kMovesRegisters = kConsumers == 2;
@@ -102,6 +103,7 @@ struct AttentionConfig {
     RingBarriers<kRingSlots> blocks;
     RingBarriers<kMaskSlots> masks;
     uint64_t landing;
+    int near_end;  // tiles of which the loader has few steps left or none: the loader writes, the manager reads
   };
   static constexpr int kSharedBytes = sizeof(Shared);
   static constexpr uint32_t kQueryBytes = kBlockQ * kPanels * 128, kStepBytes = kStep * kPanels * 128;

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     shared.blocks.init(1, Config::kConsumerWarps);
     shared.masks.init(32, 32 * Config::kConsumerWarps);
     ::cuda::ptx::mbarrier_init(&shared.landing, 1);
+    shared.near_end = 0;
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
   }
   __syncthreads();

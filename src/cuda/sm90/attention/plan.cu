@@ -28,7 +28,8 @@ struct Group {
         first_head(index % grouping.groups_a_sequence * grouping.heads_a_group),
         sequence(problem.sequence(batch)) {
     q_blocks = (sequence.q_tokens + problem.block_q - 1) / problem.block_q;
-    tiles = min(grouping.heads_a_group, problem.heads - first_head) * q_blocks;
+    const bool last = index % grouping.groups_a_sequence == grouping.groups_a_sequence - 1;
+    tiles = (last ? problem.heads - first_head : grouping.heads_a_group) * q_blocks;
   }
   /// Blocks that a tile selects; -1 where it is cached.
   __device__ int selected(int tile) const {
@@ -58,13 +59,14 @@ __device__ void write_partial(const Problem& problem, uint32_t* partial) {
 }
 
 /// Tiles [begin, begin + tiles) of a group: the active ones into `items`, longest first. Returns their number;
-/// adds what this thread's tiles select to `blocks`.
-__device__ int write_chunk(const Group& group, int begin, int tiles, Item* items, int& blocks) {
+/// adds what this thread's tiles select to `blocks`, and raises `longest` to the most that one selects.
+__device__ int write_chunk(const Group& group, int begin, int tiles, Item* items, int& blocks, int& longest) {
   __shared__ int key[kChunk];  // selected blocks; -1: cached
   int total = 0;
   for (int t = threadIdx.x; t < kChunk; t += kThreads) {
     key[t] = t < tiles ? group.selected(begin + t) : -1;
     blocks += max(key[t], 0);
+    longest = max(longest, key[t]);
     total += __syncthreads_count(key[t] >= 0);
     if (t - threadIdx.x + kThreads >= tiles) break;
   }
@@ -89,8 +91,8 @@ __device__ int write_chunk(const Group& group, int begin, int tiles, Item* items
 
 __global__ void __launch_bounds__(kThreads, 1) plan_kernel(const __grid_constant__ PlanArguments p) {
   cudaTriggerProgrammaticLaunchCompletion();  // the next kernel may be set up; it waits for this one's end
-  __shared__ int all_blocks;
-  if (threadIdx.x == 0) all_blocks = 0;
+  __shared__ int all_blocks, longest_of_all;
+  if (threadIdx.x == 0) all_blocks = longest_of_all = 0;
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < p.arrival_count; i += kThreads) p.arrivals[i] = 0;
     if (threadIdx.x == 0) p.control->next = 0;
@@ -98,17 +100,21 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(const __grid_constant
   if (blockIdx.x == gridDim.x - 1 && p.partial != nullptr) write_partial(p.problem, p.partial);
 
   Item* items = p.items + p.grouping.base(p.problem, blockIdx.x);
-  int count = 0, blocks = 0;
+  int count = 0, blocks = 0, longest = 0;
   const int last = p.grouping.first_group(blockIdx.x + 1);
   for (int g = p.grouping.first_group(blockIdx.x); g < last; ++g) {
     const Group group(p.problem, p.grouping, g);
     for (int begin = 0; begin < group.tiles; begin += kChunk)
-      count += write_chunk(group, begin, min(kChunk, group.tiles - begin), items + count, blocks);
+      count += write_chunk(group, begin, min(kChunk, group.tiles - begin), items + count, blocks, longest);
   }
   blocks = __reduce_add_sync(~0u, blocks);
-  if (threadIdx.x % 32 == 0) atomicAdd(&all_blocks, blocks);
+  longest = __reduce_max_sync(~0u, longest);
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(&all_blocks, blocks);
+    atomicMax(&longest_of_all, longest);
+  }
   __syncthreads();
-  if (threadIdx.x == 0) p.control->region[blockIdx.x] = {count, all_blocks};
+  if (threadIdx.x == 0) p.control->region[blockIdx.x] = {count, all_blocks, longest_of_all};
 }
 
 }  // namespace
@@ -118,6 +124,13 @@ Grouping grouping_of(const Problem& problem, int64_t bytes_a_head) {
   const int64_t fit = kSharedCacheBytes / std::max<int64_t>(bytes_a_head, 1);
   g.heads_a_group = static_cast<int>(std::clamp<int64_t>(fit, 1, problem.heads));
   g.groups_a_sequence = (problem.heads + g.heads_a_group - 1) / g.heads_a_group;
+  // The tail evens out where the last tiles are those of several heads, sorted as one.
+  const int64_t q_blocks = (problem.q_tokens + problem.block_q - 1) / problem.block_q;
+  for (int merged = 2; merged > 0; --merged)
+    if (g.groups_a_sequence > merged + 1 && (merged + 1) * g.heads_a_group * q_blocks <= kChunk) {
+      g.groups_a_sequence -= merged;
+      break;
+    }
   g.groups = g.groups_a_sequence * problem.batch;
   g.regions = std::min(g.groups, kMostRegions);
   return g;
@@ -130,6 +143,15 @@ int64_t most_tiles(const Problem& problem) {
 }
 
 void launch_plan(const PlanArguments& arguments, cudaStream_t stream) {
+  static PerDevice configured;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  // As the kernel after it: to divide the SMs' memory anew costs microseconds.
+  configured.once(device, [] {
+    check_cuda(cudaFuncSetAttribute(plan_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               "plan_kernel's shared memory");
+  });
   plan_kernel<<<arguments.grouping.regions, kThreads, 0, stream>>>(arguments);
   check_cuda(cudaGetLastError(), "plan_kernel");
 }

@@ -77,8 +77,9 @@ struct Item {
 /// The work list comes in regions, each written by one CTA of the plan: no CTA waits for another.
 inline constexpr int kMostRegions = 32;  // one a lane of the warp that reads them
 struct Region {
-  int items;   // active tiles, from the region's base on
-  int blocks;  // that these select, in all
+  int items;    // active tiles, from the region's base on
+  int blocks;   // that these select, in all
+  int longest;  // that one of them selects
 };
 
 /// What the plan leaves for the attention kernel.
@@ -88,6 +89,7 @@ struct Control {
 };
 
 /// The heads of all sequences in groups, whose keys and values share the L2 cache; a region is a run of groups.
+/// A sequence's last group takes all heads that are left.
 struct Grouping {
   int heads_a_group, groups_a_sequence, groups, regions;
 

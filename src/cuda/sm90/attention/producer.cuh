@@ -21,6 +21,9 @@ struct Manager {
   RingCursor<Config::kQuerySlots> queries;
   int claimed = blockIdx.x;  // the next work to publish
   Split split{0, 0, 1};
+  int patient_from = 0;   // from this work on, a tile is claimed when the one before it is nearly loaded
+  int tiles_published = 0;
+  bool has_claim = true;
 
   __device__ Manager(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
 
@@ -28,7 +31,11 @@ struct Manager {
     const int work = survey();
     int waiting = 0;  // tiles published and not yet stored
     for (bool more = true; more || waiting > 0;) {
-      while (more && waiting < Config::kTilesAhead) {
+      while (more && waiting < (claimed < patient_from ? Config::kTilesAhead : 2)) {
+        if (!has_claim) {
+          await_loader();
+          claim();
+        }
         more = claimed < work;
         publish(more);
         waiting += more;
@@ -38,10 +45,14 @@ struct Manager {
     if (leader) ::cuda::ptx::cp_async_bulk_wait_group(::cuda::ptx::n32_t<0>{});
   }
 
+  __device__ void await_loader() const {
+    while (*const_cast<volatile int*>(&shared.near_end) < tiles_published) __nanosleep(200);
+  }
+
   /// Lane r gets what region r of the list holds. Returns how many tiles come before the region's end.
   __device__ int region_end(Region& region) const {
     const int lane = ptx_ops::lane_index();
-    region = lane < p.grouping.regions ? p.control->region[lane] : Region{0, 0};
+    region = lane < p.grouping.regions ? p.control->region[lane] : Region{0, 0, 0};
     int end = region.items;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -58,7 +69,11 @@ struct Manager {
     const float blocks = __reduce_add_sync(ptx_ops::kWholeWarp, region.blocks);
     const int steps = static_cast<int>(__fdividef(blocks, max(tiles, 1)) * p.problem.block_kv / Config::kStep);
     split = Split(tiles, steps, gridDim.x);
-    return split.work(tiles);
+    const int work = split.work(tiles), longest = __reduce_max_sync(ptx_ops::kWholeWarp, region.longest);
+    // Where lists differ, a CTA that holds several long tiles keeps them from those that are free.
+    const bool uneven = longest * static_cast<float>(tiles) > 1.25f * blocks;
+    patient_from = uneven ? 0 : work;
+    return work;
   }
 
   /// The list is short and stays in the L1 cache: to look again is cheaper than to keep registers.
@@ -84,9 +99,15 @@ struct Manager {
     __syncwarp();  // lane 0 wrote; store() reads in all lanes
     ptx_ops::arrive(shared.tiles.full[published.slot()]);
     published.advance();
-    if (!more) return;
+    ++tiles_published;
+    has_claim = false;
+    if (more && claimed < patient_from) claim();
+  }
+
+  __device__ void claim() {
     if (leader) claimed = gridDim.x + atomicAdd(&p.control->next, 1);
     claimed = __reduce_max_sync(ptx_ops::kWholeWarp, claimed);  // claims only grow
+    has_claim = true;
   }
 
   __device__ void describe(Tile& tile, Item item, int part, int parts, int split_tile) {
@@ -242,6 +263,7 @@ struct Loader {
   };
   Step pending;  // its V is still to be loaded
   bool has_pending = false, after_part = false, has_query = false;
+  int tiles_taken = 0;
 
   __device__ Loader(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
 
@@ -312,8 +334,7 @@ struct Loader {
     if (!Config::kOverlapsTiles || has_query || !queries.is_empty(shared.queries)) return;
     RingCursor<Config::kTileSlots> next = tiles;
     next.advance();
-    next.wait_full(shared.tiles);
-    if (shared.tile[next.slot()].steps == kNoMoreTiles) return;
+    if (!next.is_full(shared.tiles) || shared.tile[next.slot()].steps == kNoMoreTiles) return;
     load_query(shared.tile[next.slot()]);
     has_query = true;
   }
@@ -374,6 +395,7 @@ struct Loader {
     Step step{};
     step.head = tile.head / p.kv_group, step.batch = batch;
     for (int n = 0; n < tile.steps; ++n) {
+      if (n == tile.steps - Config::kStepsAhead) tell_near_end();
       const int summary = n - (tile.steps - tile.summaries);
       step.summary = summary >= 0, step.dirty = false;
       if (step.summary) {
@@ -401,6 +423,10 @@ struct Loader {
     }
   }
 
+  __device__ void tell_near_end() {
+    if (leader) *const_cast<volatile int*>(&shared.near_end) = tiles_taken;
+  }
+
   __device__ void run() {
     for (;; tiles.advance()) {
       tiles.wait_full(shared.tiles);
@@ -409,6 +435,8 @@ struct Loader {
       // Where the consumers do not overlap two tiles, they want the first one's V before the second one's K.
       if (!Config::kOverlapsTiles || after_part || tile.steps == tile.masked) load_pending_v();
       after_part = tile.parts > 1;
+      ++tiles_taken;
+      if (tile.steps < Config::kStepsAhead) tell_near_end();
       if (tile.steps == 0) {
         if (!has_query) load_query(tile);  // only for the buffer
         has_query = false;
