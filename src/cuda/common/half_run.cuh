@@ -34,8 +34,8 @@ __device__ inline HalfRun<Element> load_run(const Element* from, bool aligned) {
 template <class Element>
 __device__ inline void store_run(Element* to, const HalfRun<Element>& run, bool aligned) {
   if (aligned) {
-    // As a struct it would go element by element.
-    *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>(run);
+    // As an assignment it would go element by element.
+    __stwb(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(run));
   } else {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) to[i] = run.element[i];

@@ -31,14 +31,28 @@ struct Shared {
       : keys(memory), queries(keys + kColumns * key_stride(p.dim)), scores(queries + rows * p.dim) {}
 };
 
-/// Rows [first, first + count) of `means` into shared memory, zeros past `blocks`. A warp a row.
+/// Rows [first, first + count) of `means` into shared memory, zeros past `blocks`. A warp a row; of kInFlight
+/// rows all is asked for before any is stored. dim is a multiple of 4.
 __device__ void load_means(const float* means, int64_t stride, int first, int count, int blocks, int dim, float* to,
                            int to_stride) {
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < count; row += blockDim.x / 32) {
-    const float* from = means + (first + row) * stride;
-    for (int d = lane; d < dim; d += 32) to[row * to_stride + d] = first + row < blocks ? from[d] : 0.0f;
-  }
+  constexpr int kInFlight = 8;
+  const int warps = blockDim.x / 32;
+  const bool aligned = stride % 4 == 0 && reinterpret_cast<uintptr_t>(means) % 16 == 0;
+  for (int d = threadIdx.x % 32 * 4; d < dim; d += 128)
+    for (int row = threadIdx.x / 32; row < count; row += warps * kInFlight) {
+      float4 part[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int of = row + i * warps;
+        part[i] = {0, 0, 0, 0};
+        if (of >= count || first + of >= blocks) continue;
+        const float* from = means + (first + of) * stride + d;
+        part[i] = aligned ? *reinterpret_cast<const float4*>(from) : float4{from[0], from[1], from[2], from[3]};
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i)
+        if (row + i * warps < count) *reinterpret_cast<float4*>(to + (row + i * warps) * to_stride + d) = part[i];
+    }
 }
 
 /// Scores of this warp's rows with the keys in shared memory; a lane a key.
