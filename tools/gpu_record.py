@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 
@@ -41,12 +43,14 @@ def digest() -> str:
 
 
 # ---- parts ----
-def tests() -> dict:
+def tests(rounds: int) -> dict:
     """Counts of `pytest -m gpu`, and the failures' names."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         start = perf_counter()
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", str(TESTS)]
+        if importlib.util.find_spec("xdist"):  # the CPU's reference takes longer than the GPU
+            command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
         subprocess.run(command, cwd=ROOT, check=False)
         seconds = perf_counter() - start
         suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -60,7 +64,7 @@ def tests() -> dict:
     return {**count, "failed": failed, "random_problems": problems, "seconds": round(seconds, 1)}
 
 
-def sanitizer() -> dict:
+def sanitizer(rounds: int) -> dict:
     """Errors that each tool of compute-sanitizer counts over gpu_sanitize.py; None: it did not end."""
     program = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
@@ -69,8 +73,8 @@ def sanitizer() -> dict:
         raise RuntimeError("compute-sanitizer: not found; it comes with CUDA's toolkit")
     # Every allocation torch makes is its own, so that what lies beside it is watched.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    found = {}
-    for tool in TOOLS:
+
+    def watched_by(tool: str) -> dict:
         # initcheck must see who writes first, torch's kernels among them; the others look at ours alone.
         only = [] if tool == "initcheck" else ["--kernel-name", "kns=flashomni"]
         command = [program, "--tool", tool, *only, sys.executable, str(TESTS / "gpu_sanitize.py")]
@@ -81,35 +85,40 @@ def sanitizer() -> dict:
         output = done.stdout + done.stderr
         errors = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
         solved = re.search(r"(\d+) problems, all right", output)
-        found[tool] = {
+        found = {
             "errors": int(errors[1] or errors[2]) if errors else None,
             "problems": int(solved[1]) if solved else None,
             "seconds": round(perf_counter() - start, 1),
         }
-        print(f"{tool}: {found[tool]}", flush=True)
+        print(f"{tool}: {found}", flush=True)
         if not errors or not solved or int(errors[1] or errors[2]):
             worst = [line for line in output.splitlines() if re.search(r"Error:|Invalid|Uninitialized", line)]
             print("\n".join([*worst[:20], *output.splitlines()[-20:]]))
-    return found
+        return found
+
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        return dict(zip(TOOLS, pool.map(watched_by, TOOLS), strict=True))
 
 
-def benchmarks() -> dict:
+def benchmarks(rounds: int) -> dict:
     import torch
 
     from flashomni.bench import attention_cuda, gemm_cuda, select
 
     rows = []
     for shape in gemm_cuda.SHAPES:
-        rows += gemm_cuda.run(shape)
+        rows += gemm_cuda.run(shape, rounds=rounds)
         print(f"GEMMs of {shape}: done", flush=True)
     for tokens in SELECT_TOKENS:
         shape = {"tokens": tokens, "heads": 24, "head_dim": 128, "block": 128}
-        rows += select.run(**shape, dtype=torch.bfloat16, rounds=7, device="cuda")
+        rows += select.run(**shape, dtype=torch.bfloat16, rounds=rounds, device="cuda")
         print(f"selection and forecasts at {tokens} tokens: done", flush=True)
     for tokens, head_dim in ATTENTION_SHAPES:
-        rows += attention_cuda.run(tokens=tokens, heads=24, head_dim=head_dim, dtype=torch.bfloat16, rounds=7)
+        rows += attention_cuda.run(
+            tokens=tokens, heads=24, head_dim=head_dim, dtype=torch.bfloat16, rounds=rounds
+        )
         print(f"attention at {tokens} tokens, head_dim {head_dim}: done", flush=True)
-    return {"rows": rows, "host_us": attention_cuda.host_us()}
+    return {"rounds": rounds, "rows": rows, "host_us": attention_cuda.host_us()}
 
 
 PARTS = {"benchmarks": benchmarks, "tests": tests, "sanitizer": sanitizer}
@@ -195,7 +204,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def measure(folder: Path, parts: list[str]) -> int:
+def measure(folder: Path, parts: list[str], rounds: int) -> int:
     here, sources = machine(), digest()
     path = folder / f"{slug(here['gpu'])}.json"
     record = read(path)
@@ -205,7 +214,7 @@ def measure(folder: Path, parts: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"e2e-{case}" for case in E2E]
     for name in [n for part in parts or PARTS for n in (names if part == "e2e" else [part])]:
-        made = PARTS[name]() if name in PARTS else end_to_end(name.removeprefix("e2e-"))
+        made = PARTS[name](rounds) if name in PARTS else end_to_end(name.removeprefix("e2e-"))
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record[name] = {"date": date, **made}
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -405,7 +414,7 @@ def docs() -> int:
         "# Measured on GPUs",
         "",
         "Written by `make gpu-record` (tools/gpu_record.py) from bench/results; do not edit. Medians of CUDA",
-        "graphs of 40 ms, all arms of a table in turn in one run, the plan included; TFLOP/s are of selected",
+        "graphs of 20 ms, all arms of a table in turn in one run, the plan included; TFLOP/s are of selected",
         "work.",
         "",
     ]
@@ -423,6 +432,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure")
     measuring.add_argument("--out", type=Path, default=RESULTS)
+    measuring.add_argument("--rounds", type=int, default=7, help="turns of each arm of the benchmarks")
     measuring.add_argument(
         "parts", nargs="*", choices=[*PARTS, "e2e", *(f"e2e-{case}" for case in E2E), []], default=[]
     )
@@ -431,7 +441,7 @@ def main() -> int:
     commands.add_parser("docs")
     arguments = parser.parse_args()
     if arguments.command == "measure":
-        status = measure(arguments.out, arguments.parts)
+        status = measure(arguments.out, arguments.parts, arguments.rounds)
         return docs() or status if arguments.out == RESULTS else status
     return check(arguments.files) if arguments.command == "check" else docs()
 

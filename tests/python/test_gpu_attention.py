@@ -15,6 +15,7 @@ pytestmark = pytest.mark.gpu
 BF16, FP16 = torch.bfloat16, torch.float16
 BLOCKS = [(128, 128), (128, 64), (64, 64)]
 PROBLEMS = int(os.environ.get("FLASHOMNI_GPU_PROBLEMS", "2500"))
+CHUNKS = 10  # of the random problems, for workers to share
 
 
 def run(p: Problem) -> None:
@@ -27,8 +28,9 @@ def solved(p: Problem) -> Problem:
     return p
 
 
-def test_random_problems() -> None:
-    for seed in range(PROBLEMS):
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_problems(chunk: int) -> None:
+    for seed in range(chunk, PROBLEMS, CHUNKS):
         try:
             solved(random_problem(seed))
         except AssertionError as error:

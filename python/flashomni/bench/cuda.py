@@ -15,7 +15,7 @@ MOST_CALLS = 400  # in one graph
 
 
 def interleave(
-    arms: Mapping[str, Callable[[], object]], rounds: int = 7, slice_ms: float = 40.0
+    arms: Mapping[str, Callable[[], object]], rounds: int = 7, slice_ms: float = 20.0
 ) -> dict[str, float]:
     """Median milliseconds of a call of each arm.
 

@@ -40,10 +40,10 @@ class Shape:
         return f"{self.rows}x{self.width}x{self.outputs}"
 
 
-SHAPES = tuple(
-    Shape(rows, width, outputs)
-    for rows in (33280, 16896, 4608)
-    for width, outputs in ((3072, 3072), (3072, 12288), (15360, 3072))
+SHAPES = (
+    *(Shape(rows, 3072, 3072) for rows in (33280, 16896, 4608)),
+    Shape(33280, 3072, 12288),
+    Shape(33280, 15360, 3072),
 )
 
 
