@@ -67,7 +67,7 @@ def check_nothing_reused_is_dense(pipe, run: Run, *, steps: int = 6) -> None:
 def denoise(model: nn.Module, x: torch.Tensor, inputs: dict, steps: int, engine=None) -> list[torch.Tensor]:
     """A loop by hand, for models whose pipelines need more than a transformer: the output of every step."""
     scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(steps, device=x.device)
     if engine is not None:
         engine.begin(steps)
     outputs = []

@@ -48,29 +48,32 @@ def test_nothing_reused_is_dense(batch: int) -> None:
     check_nothing_reused_is_dense(pipeline(), lambda pipe, steps: draw(pipe, steps, batch))
 
 
-def test_sparse_runs() -> None:
-    check_sparse_runs(pipeline(), draw)
+def test_sparse_runs_and_their_memory() -> None:
+    pipe = pipeline()
+    said = flashomni.memory(config(), pipe, image_tokens=224, text_tokens=20)
+    assert check_sparse_runs(pipe, draw).bytes_held == said.by_kind
 
 
 def passes(model, after_step=None) -> list[torch.Tensor]:
     """By hand, with a picture of 90 tokens to edit after the 192 that are drawn."""
     generator = torch.Generator().manual_seed(3)
-    x, picture = (torch.randn(1, n, 16, generator=generator) for n in (192, 90))
-    text = torch.randn(1, 20, 32, generator=generator)
+    where = {"device": model.device, "dtype": model.dtype}
+    x, picture = (torch.randn(1, n, 16, generator=generator).to(**where) for n in (192, 90))
+    text = torch.randn(1, 20, 32, generator=generator).to(**where)
     image_ids, text_ids = torch.zeros(1, 282, 4), torch.zeros(1, 20, 4)
     image_ids[0, :, 1], image_ids[0, :, 2] = torch.arange(282) // 12, torch.arange(282) % 12
     image_ids[0, 192:, 0] = 10
     text_ids[0, :, 3] = torch.arange(20)
+    inputs = {"img_ids": image_ids.to(model.device), "txt_ids": text_ids.to(model.device)}
     outputs = []
     for i in range(6):
         y = model(
             hidden_states=torch.cat([x, picture], dim=1),
             encoder_hidden_states=text,
-            timestep=torch.full((1,), 1 - i / 6),
-            img_ids=image_ids,
-            txt_ids=text_ids,
-            guidance=torch.full((1,), 2.5),
+            timestep=torch.full((1,), 1 - i / 6, **where),
+            guidance=torch.full((1,), 2.5, **where),
             return_dict=False,
+            **inputs,
         )[0]
         outputs.append(y)
         x = x - y[:, :192] / 6

@@ -20,6 +20,7 @@ from family_checks import (
     lively,
     quiet,
 )
+from graph_stand_in import StandIn
 
 import flashomni
 
@@ -107,6 +108,27 @@ def test_batches_are_like_single_videos() -> None:
     both = draw(pipe, 6, (13, 6))
     flashomni.disable(pipe)
     assert error(both, draw(pipe, 6, (13, 6))) < ROUNDING
+
+
+def test_graphs_follow_the_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are replayed only for the lengths that they were captured with; the same bits as without."""
+    batches = [(13, 6), (6, 13), (13, 6), (13, 13)]
+    pipe = pipeline()
+    flashomni.enable(pipe, config(tau_kv=0.3))
+    want = [draw(pipe, 11, valid) for valid in batches]
+    flashomni.disable(pipe)
+    stand_in = StandIn(monkeypatch, flashomni.enable(pipe, config(tau_kv=0.3, cuda_graphs=True)))
+    for valid, latents in zip(batches, want, strict=True):
+        assert torch.equal(draw(pipe, 11, valid), latents)
+    assert stand_in.replays >= 12
+
+
+def test_memory_is_what_a_run_holds() -> None:
+    pipe, settings = pipeline(), config(tau_q=0.3)
+    said = flashomni.memory(settings, pipe, image_tokens=168, text_tokens=13, batch=2, contexts=2)
+    flashomni.enable(pipe, settings)
+    draw(pipe, 8, (13, 6), guided=True)
+    assert said.by_kind == flashomni.stats(pipe).bytes_held
 
 
 def test_token_replacement() -> None:

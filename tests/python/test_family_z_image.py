@@ -56,7 +56,10 @@ def test_nothing_reused_is_dense(texts: tuple[int, ...], negatives: tuple[int, .
 
 
 def test_sparse_runs() -> None:
-    stats = check_sparse_runs(pipeline(), lambda pipe, steps: draw(pipe, steps, (20,), (40,)))
+    pipe = pipeline()
+    said = flashomni.memory(config(), pipe, image_tokens=224, text_tokens=64, batch=2)
+    stats = check_sparse_runs(pipe, lambda pipe, steps: draw(pipe, steps, (20,), (40,)))
+    assert stats.bytes_held == said.by_kind
     assert stats.passes == 8  # both passes of guidance are one batch
     assert {symbols.batch for symbols in stats.symbols.values()} == {2}
 

@@ -83,7 +83,9 @@ class Call:
         self._read: list[tuple[Tensor, tuple, Any]] = []
 
     def begin(self) -> None:
-        """Forgets the call before."""
+        """Forgets the call before; at the start of a run also what tensors held that were read."""
+        if self.engine.is_new:
+            self._read = []
         self.text_lengths, self.condition, self.drawn, self.text_tokens = None, 0, None, 0
 
     def key(self) -> Hashable:
@@ -93,7 +95,8 @@ class Call:
     def read(self, tensor: Tensor, function: Callable[..., T], *options: Hashable) -> T:
         """function(tensor, *options), which may read it on the host: once a tensor, as pipelines pass the
         same one at every step."""
-        asked = (function, *options)
+        version = None if tensor.is_inference() else tensor._version  # written to since?
+        asked = (function, version, *options)
         for known, of, result in self._read:
             if known is tensor and of == asked:
                 return result

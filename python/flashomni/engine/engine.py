@@ -54,6 +54,11 @@ class Engine:
         return len(self.plans)
 
     @property
+    def is_new(self) -> bool:
+        """Whether no pass of the run has begun yet."""
+        return self._pending is not None or (self.index == 0 and self._passes == 0)
+
+    @property
     def plan(self) -> schedule.StepPlan:
         """What the step at hand does."""
         return self.plans[self.index]

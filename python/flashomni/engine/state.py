@@ -53,7 +53,6 @@ class Protection:
     """Bits of a segment that no policy may clear: its rows whole, and its columns in every row."""
 
     def __init__(self, symbols: SparseSymbols, segment: Segment):
-        self.segment = segment
         s, end = symbols, segment.start + segment.length
         rows = slice(segment.start // s.block_q, -(-end // s.block_q))
         columns = slice(segment.start // s.block_kv, -(-end // s.block_kv))
@@ -86,7 +85,7 @@ class LayerState:
     reuse_all: bool = False  # known on the host: S_c is zero everywhere, so that nothing is launched
     asleep: Asleep | None = None  # the same on a GPU, where the host does not know
     row_symbols: RowSymbols | None = None
-    protection: Protection | None = None
+    protections: dict[Segment, Protection] = field(default_factory=dict)
     keeps_o: bool = False  # O itself is forecast, as an output projection is no plain linear
     measured: Tensor | None = None  # float32 [2, H], of the last Update: see keep_density()
     density: Tensor | None = None  # float32 [H], selected share of block pairs
@@ -113,9 +112,9 @@ class LayerState:
         self.row_symbols.decide(self.symbols)
 
     def protect(self, segment: Segment) -> None:
-        if self.protection is None or self.protection.segment != segment:
-            self.protection = Protection(self.symbols, segment)
-        self.protection.apply(self.symbols)
+        if segment not in self.protections:  # one each: graphs read them by address
+            self.protections[segment] = Protection(self.symbols, segment)
+        self.protections[segment].apply(self.symbols)
 
     def measure_density(self) -> None:
         """Into memory of its own, where a replayed graph writes it too."""
