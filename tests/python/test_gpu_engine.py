@@ -120,8 +120,10 @@ def test_a_step_never_waits_for_the_device(kept: dict) -> None:
 
 
 def test_the_gpu_does_as_the_cpu() -> None:
-    """Dense symbols, so that no bit of the choice can differ; the rest is rounding in bfloat16. The model's own code
-    does it on the CPU in that type too: the times alone, rounded, move the outputs by 40%."""
+    """Dense symbols, so that no bit of the choice can differ; the rest is rounding in bfloat16.
+
+    The model's own code does it on the CPU in that type too: the times alone, rounded, move the outputs by 40%.
+    """
     model = tiny_transformer().to(torch.bfloat16)
     exact = [x.float() for x in _on_cpu(model)]
     model = model.to("cuda")
