@@ -56,6 +56,4 @@ def _refusal(layer: Layer) -> str | None:
         return f"has the processor {name}, not {layer.spec.processor}"
     if getattr(processor, "_parallel_config", None) is not None:
         return "is set up for context parallelism"
-    if getattr(layer.block, "_compiled_call_impl", None) is not None:
-        return "is compiled"
     return layer.spec.refusal(layer)

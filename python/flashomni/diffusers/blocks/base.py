@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flashomni.diffusers.blocks.compiled import InGraph
 from flashomni.diffusers.call import Call, Joint
 from flashomni.engine import Stream, why_no_norm, why_no_wide_norm, why_not_plain
 from flashomni.engine.memory import LayerShape
@@ -181,7 +182,7 @@ def feed_forward_scratch(
     return found
 
 
-class Processor:
+class Processor(InGraph):
     """An attention processor of ours in the place of `original`, to which it passes on what it is not for."""
 
     flashomni = True
@@ -191,6 +192,10 @@ class Processor:
         self.original = original
         self._attention_backend = getattr(original, "_attention_backend", None)
         self._parallel_config = getattr(original, "_parallel_config", None)
+        self.enroll()
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        return self(self.layer.attention, **arguments)
 
 
 def put_processor(attention: nn.Module, processor: Processor) -> Restore:

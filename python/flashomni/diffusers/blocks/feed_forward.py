@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashomni import ops
+from flashomni.diffusers.blocks.compiled import InGraph
 from flashomni.engine import Engine, apply_linear, why_not_plain
 
 
-class FusedFeedForward:
+class FusedFeedForward(InGraph):
     """forward() of a diffusers FeedForward with a GELU."""
 
     flashomni = True
 
     def __init__(self, engine: Engine, module: nn.Module):
-        self.engine, self.module = engine, module
+        self.engine, self.module, self.own = engine, module, type(module).forward
+        self.enroll()
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            if not self.engine.enabled:
+                return self.own(self.module, hidden_states, *args, **kwargs)
+            (out,) = self.trace({"hidden_states": hidden_states}, [hidden_states])
+            return out
         module, engine = self.module, self.engine
         ours = engine.enabled and hidden_states.ndim == 3 and not why_not_fused(module, hidden_states.dtype)
         if not ours:
-            return type(module).forward(module, hidden_states, *args, **kwargs)
+            return self.own(module, hidden_states, *args, **kwargs)
         first, last = module.net[0], module.net[2]
         shape = (*hidden_states.shape[:2], first.proj.out_features)
         inner = engine.buffers.take("feed_forward", shape, hidden_states)
@@ -33,16 +41,22 @@ class FusedFeedForward:
             return ops.gemm_q(inner, last.weight, last.bias)
 
 
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """One function for all modules: torch.compile makes a graph a function, not a module."""
+    return module._flashomni_forward(*args, **kwargs)
+
+
 def intercept_feed_forward(engine: Engine, module: nn.Module):
     """Puts FusedFeedForward in place; returns a function that takes it out again."""
-    forward = FusedFeedForward(engine, module)
+    fused, forward = FusedFeedForward(engine, module), MethodType(_forward, module)
     if "forward" not in module.__dict__:
+        module._flashomni_forward = fused
         module.forward = forward
 
     def restore() -> None:
         engine.enabled = False
         if module.__dict__.get("forward") is forward:
-            del module.forward
+            del module.forward, module._flashomni_forward
 
     return restore
 

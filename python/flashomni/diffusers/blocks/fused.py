@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashomni.diffusers.blocks.base import (
@@ -80,6 +81,10 @@ class FusedProcessor(Processor):
     ) -> Tensor:
         if not self.engine.enabled:
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
+        if torch.compiler.is_compiling():
+            masks = {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb}
+            (out,) = self.trace({"hidden_states": hidden_states} | masks, [hidden_states])
+            return out
         layer, spec, engine, x = self.layer, self.spec, self.engine, hidden_states
         refuse_masks(spec, layer.name, {"attention_mask": attention_mask})
         joint = self.call.lay_out_whole(x.shape[1])

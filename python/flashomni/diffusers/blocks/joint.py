@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashomni.diffusers.blocks.base import (
@@ -104,6 +105,10 @@ class JointProcessor(Processor):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given
             )
+        if torch.compiler.is_compiling():
+            streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+            given = streams | masks | {"image_rotary_emb": image_rotary_emb}
+            return tuple(self.trace(given, list(streams.values())))
         layer, spec = self.layer, self.spec
         refuse_masks(spec, layer.name, masks)
         joint = self.call.lay_out(encoder_hidden_states.shape[1], hidden_states.shape[1])

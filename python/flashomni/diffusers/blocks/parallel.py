@@ -22,6 +22,7 @@ from flashomni.diffusers.blocks.base import (
     rope_of,
     stream_of,
 )
+from flashomni.diffusers.blocks.compiled import InGraph
 from flashomni.diffusers.blocks.feed_forward import fused_activation
 from flashomni.diffusers.call import Call
 from flashomni.engine import Attention, Output, apply_linear, why_not_plain
@@ -92,7 +93,7 @@ class ParallelBlocks(Blocks):
         )
 
 
-class ParallelForward:
+class ParallelForward(InGraph):
     """forward() of such a block: image and text, each [B, tokens, C].
 
     Attention and MLP write side by side into one buffer, so that one projection takes both without a copy.
@@ -102,13 +103,21 @@ class ParallelForward:
 
     def __init__(self, call: Call, layer: Layer):
         self.call, self.engine, self.layer, self.spec = call, call.engine, layer, layer.spec
-        self.block = layer.block
+        self.block, self.own = layer.block, type(layer.block).forward
+        named = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = _signature(type(layer.block)).parameters
+        self.names = tuple(name for name, p in parameters.items() if p.kind is named)[1:]
+        self.enroll()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            if not self.engine.enabled:
+                return self.own(self.block, *args, **kwargs)
+            return self._traced({**dict(zip(self.names, args, strict=False)), **kwargs})
         block, spec, engine, layer = self.block, self.spec, self.engine, self.layer
         attn = layer.attention
         if not (engine.enabled and type(attn.processor).__name__ == spec.processor):
-            return type(block).forward(block, *args, **kwargs)
+            return self.own(block, *args, **kwargs)
         given = _signature(type(block)).bind(block, *args, **kwargs).arguments
         options = given.get("joint_attention_kwargs") or {}
         masks = {"attention_mask": given.get("attention_mask", options.get("attention_mask"))}
@@ -143,6 +152,12 @@ class ParallelForward:
             return out
         parts = {"hidden_states": joint.image, "encoder_hidden_states": joint.text}
         return tuple(out[:, s.start : s.start + s.length] for s in (parts[name] for name in spec.returns))
+
+    def _traced(self, given: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+        if given.get("encoder_hidden_states") is None:
+            (out,) = self.trace(given, [given["hidden_states"]])
+            return out
+        return tuple(self.trace(given, [given[name] for name in self.spec.returns]))
 
     def _mlp(self, mlp: nn.Module, x: Tensor, out: Tensor) -> None:
         module = part(self.block, self.spec.activation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashomni.diffusers.blocks.base import (
@@ -95,6 +96,11 @@ class PlainProcessor(Processor):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *by_position, **named
             )
+        if torch.compiler.is_compiling():
+            given = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+            given |= {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb, **named}
+            (out,) = self.trace(given, [hidden_states])
+            return out
         layer, spec = self.layer, self.spec
         if encoder_hidden_states is not None:
             raise NotImplementedError(f"encoder_hidden_states: expected None in {layer.name}, got a tensor")
