@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flux_models import tiny_transformer
+from torch._dynamo.utils import counters
 
 import flashomni
 from flashomni import Config
@@ -122,7 +123,8 @@ def test_a_step_never_waits_for_the_device(kept: dict) -> None:
 def test_the_gpu_does_as_the_cpu() -> None:
     """Dense symbols, so that no bit of the choice can differ; the rest is rounding in bfloat16.
 
-    The model's own code does it on the CPU in that type too: the times alone, rounded, move the outputs by 40%.
+    The model's own code does it on the CPU in that type too: the times alone, rounded, move the outputs by
+    40%.
     """
     model = tiny_transformer().to(torch.bfloat16)
     exact = [x.float() for x in _on_cpu(model)]
@@ -153,4 +155,34 @@ def test_memory_is_predicted(kept: dict) -> None:
     assert held["host_history"] == said.host
     there = sum(held.values()) - said.host
     assert abs(said.total - there) <= 0.02 * there, (said.by_kind, held)
+    flashomni.disable(model)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_compiled_blocks_give_the_bits_of_eager_steps(graphs: bool) -> None:
+    """By aot_eager, whose graphs are torch's own kernels; nothing is compiled after the first run."""
+    torch.compiler.reset()
+    model = tiny_transformer(doubles=2, singles=3).to("cuda", torch.bfloat16)
+    want = denoise(model, flashomni.enable(model, config()))
+    flashomni.disable(model)
+    engine = flashomni.enable(model, config(cuda_graphs=graphs))
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    compiled = []
+    for run in range(3):
+        for step, (got, wanted) in enumerate(zip(denoise(model, engine), want, strict=True)):
+            assert torch.equal(got, wanted), f"run {run}, step {step}"
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] == compiled[-1], compiled
+    assert not flashomni.stats(model).notes
+    flashomni.disable(model)
+
+
+def test_blocks_compiled_by_inductor_are_near() -> None:
+    torch.compiler.reset()
+    model = tiny_transformer().to("cuda", torch.bfloat16)
+    engine = flashomni.enable(model, config(policy="dense"))
+    want = denoise(model, engine)
+    model.compile_repeated_blocks(fullgraph=True)
+    for got, wanted in zip(denoise(model, engine), want, strict=True):
+        assert (got.float() - wanted.float()).norm() < 0.05 * wanted.float().norm()
     flashomni.disable(model)
