@@ -41,6 +41,8 @@ class ParallelBlocks(Blocks):
     out([attention, activation(mlp)]), gated and added to the input. The block takes hidden_states and
     encoder_hidden_states and returns both, in the order `returns`; or it takes and returns hidden_states
     alone, which then hold both. What else it takes by name goes to `modulate`.
+
+    gated: mlp makes [value, gate] and the hidden columns are value * activation(gate).
     """
 
     stream: Projections
@@ -48,6 +50,7 @@ class ParallelBlocks(Blocks):
     mlp: str
     activation: str  # module; GELU is fused into the product before it
     out: str
+    gated: bool = False
     returns: tuple[str, str] = ("encoder_hidden_states", "hidden_states")
     modulate: Callable[[nn.Module, Tensor, Mapping[str, Any]], tuple[Tensor, Tensor]] = modulate
 
@@ -65,7 +68,7 @@ class ParallelBlocks(Blocks):
         layer.look(layer.block, self.mlp, why_not_plain)
         layer.gemm_o &= layer.look(layer.block, self.out, why_not_plain)
         activation = part(layer.block, self.activation)
-        if fused_activation(activation) is None:
+        if not self.gated and fused_activation(activation) is None:
             layer.fallbacks.append(f"{self.activation} is {type(activation).__name__}, not GELU")
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
@@ -89,7 +92,10 @@ class ParallelBlocks(Blocks):
             tokens=tokens,
             outputs=((tokens, out.out_features),),
             keeps_o=keeps_o([out]),
-            scratch=(("o", tokens * (layer.width + part(layer.block, self.mlp).out_features)),),
+            scratch=(
+                ("o", tokens * out.in_features),
+                *([("mlp", tokens * part(layer.block, self.mlp).out_features)] if self.gated else []),
+            ),
         )
 
 
@@ -130,7 +136,7 @@ class ParallelForward(InGraph):
             residual = join(of_text, of_image) if joint.text.start == 0 else join(of_image, of_text)
         x, gate = spec.modulate(part(block, spec.norm), residual, given)
         mlp = part(block, spec.mlp)
-        both = engine.buffers.take("o", (*x.shape[:2], layer.width + mlp.out_features), x)
+        both = engine.buffers.take("o", (*x.shape[:2], part(block, spec.out).in_features), x)
         self._mlp(mlp, x, both[..., layer.width :])
         attention = Attention(
             layer=layer.index,
@@ -163,6 +169,12 @@ class ParallelForward(InGraph):
         module = part(self.block, self.spec.activation)
         activation = fused_activation(module)
         with self.engine.ledger("mlp"):
+            if self.spec.gated:
+                inner = self.engine.buffers.take("mlp", (*x.shape[:2], mlp.out_features), x)
+                apply_linear(mlp, x, inner)
+                value, gate = inner.chunk(2, dim=-1)
+                torch.mul(module(gate), value, out=out)
+                return
             apply_linear(mlp, x, out, activation=activation)
             if activation is None:
                 out.copy_(module(out))

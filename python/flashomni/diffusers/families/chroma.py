@@ -7,11 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from flashomni.diffusers import rope
-from flashomni.diffusers.blocks import JointBlocks, ParallelBlocks
 from flashomni.diffusers.call import Call, Inputs, valid_lengths
 from flashomni.diffusers.families.base import CARRIED_OVER, PAPER_IMAGE, Family, presets_around
-from flashomni.diffusers.families.flux import BOTH, IMAGE, TEXT
+from flashomni.diffusers.families.flux import flux_blocks
 
 _FLOAT_MASK = (
     "attention_mask: expected bool, got a float mask. diffusers' Chroma adds that to the scores, so that "
@@ -49,30 +47,7 @@ def _prepare(inputs: Inputs, call: Call) -> None:
 
 CHROMA = Family(
     models=("ChromaTransformer2DModel",),
-    blocks=(
-        JointBlocks(
-            path="transformer_blocks",
-            block="ChromaTransformerBlock",
-            attention="attn",
-            image=IMAGE,
-            text=TEXT,
-            processor="FluxAttnProcessor",
-            feed_forward=("ff", "ff_context"),
-            rope=rope.joint_tables,
-        ),
-        ParallelBlocks(
-            path="single_transformer_blocks",
-            block="ChromaSingleTransformerBlock",
-            attention="attn",
-            stream=BOTH,
-            processor="FluxAttnProcessor",
-            norm="norm",
-            mlp="proj_mlp",
-            activation="act_mlp",
-            out="proj_out",
-            rope=rope.joint_tables,
-        ),
-    ),
+    blocks=flux_blocks("Chroma", "FluxAttnProcessor"),
     prepare=_prepare,
     presets=presets_around(PAPER_IMAGE, CARRIED_OVER),
     notes=(

@@ -6,14 +6,14 @@ from flashomni.diffusers import rope
 from flashomni.diffusers.blocks import FusedBlocks, JointBlocks
 from flashomni.diffusers.call import Call, Inputs
 from flashomni.diffusers.families.base import CARRIED_OVER, PAPER_IMAGE, Family, presets_around
-from flashomni.diffusers.families.flux import IMAGE, TEXT, reference_tokens
+from flashomni.diffusers.families.flux import IMAGE, TEXT
+from flashomni.diffusers.families.flux import prepare as prepare_flux
 
 
 def _prepare(inputs: Inputs, call: Call) -> None:
     if inputs["kv_cache"] is not None or inputs["kv_cache_mode"] is not None:
         raise NotImplementedError("kv_cache: expected None, got a cache of reference tokens")
-    call.text_tokens = inputs["encoder_hidden_states"].shape[1]
-    call.condition = call.read(inputs["img_ids"], reference_tokens)
+    prepare_flux(inputs, call)
 
 
 FLUX2 = Family(
