@@ -10,6 +10,7 @@ from typing import Any
 MAX_ORDER = 3
 BLOCKS = (64, 128)
 CACHE_DTYPES = ("model", "float8_e4m3")
+MLPS = ("dense", "follow")
 PLACES = ("device", "host")
 
 
@@ -31,6 +32,8 @@ class Config:
     cache_dtype: what is kept between Updates is of the model's dtype ("model"), or "float8_e4m3" with a scale
         for every 128 columns: about half the memory, rounded to three bits of mantissa.
     history: where what only Updates read is kept, "device" or "host": pinned memory, copied beside attention.
+    mlp: "dense", or "follow" (not in the paper): in a Dispatch step, rows that are cached in all heads of an
+        attention have the feed-forward after it forecast too. max_order + 1 more tensors are kept a layer.
     policy: name of the policy that chooses the symbols.
     dense_layers: indices of transformer layers that stay dense.
     protect_conditions: tokens of pictures that are given (to edit) are never cached nor skipped, as text is.
@@ -53,6 +56,7 @@ class Config:
     block_kv: int = 128
     cache_dtype: str = "model"
     history: str = "device"
+    mlp: str = "dense"
     policy: str = "flashomni"
     dense_layers: tuple[int, ...] = ()
     protect_conditions: bool = True
@@ -73,7 +77,7 @@ class Config:
         _check_number("ramp_power", self.ramp_power, "a finite number >= 0", lambda x: x >= 0)
         if not isinstance(self.policy, str) or not self.policy:
             raise TypeError(f"policy: expected a policy's name, got {self.policy!r}")
-        for name, known in (("cache_dtype", CACHE_DTYPES), ("history", PLACES)):
+        for name, known in (("cache_dtype", CACHE_DTYPES), ("history", PLACES), ("mlp", MLPS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("protect_conditions", "cuda_graphs", "strict"):

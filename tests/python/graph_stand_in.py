@@ -73,18 +73,24 @@ class StandIn:
     def states(self) -> list[LayerState]:
         return list(self.engine.contexts.states())
 
+    def holders(self) -> list:
+        """All that has numbers which later steps read."""
+        return [each for s in self.states() for each in (s, *s.followed.values())]
+
     def tensors(self) -> list[torch.Tensor]:
         found = [t for s in self.states() for part in s.tensors().values() for t in part]
         found += [s.measured for s in self.states() if s.measured is not None]
         return found + list(self.engine.buffers.tensors())
 
     def host(self) -> list[dict]:
-        return [{name: getattr(s, name) for name in HOST} for s in self.states()]
+        return [
+            {name: getattr(each, name) for name in HOST if hasattr(each, name)} for each in self.holders()
+        ]
 
     def put_back(self, host: list[dict]) -> None:
-        for state, values in zip(self.states(), host, strict=True):
+        for each, values in zip(self.holders(), host, strict=True):
             for name, value in values.items():
-                setattr(state, name, value)
+                setattr(each, name, value)
 
     @contextmanager
     def capturing(self, graph, **_):

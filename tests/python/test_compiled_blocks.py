@@ -66,7 +66,7 @@ def test_compiled_blocks_give_the_bits_of_eager_steps(compile_first: bool, backe
     assert torch.equal(draw(pipe, steps=2), dense)
 
 
-@pytest.mark.parametrize("family", ["flux2", "hunyuan_video", "qwen_image", "z_image"])
+@pytest.mark.parametrize("family", ["flux2", "hunyuan_video", "ltx", "qwen_image", "wan", "z_image"])
 def test_the_other_shapes_of_block(family: str) -> None:
     module = importlib.import_module(f"test_family_{family}")
     pipe = module.pipeline()

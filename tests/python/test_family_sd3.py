@@ -78,6 +78,17 @@ def test_guidance_by_skipped_layers() -> None:
     torch.testing.assert_close(draw(pipe, 6, **options), want, rtol=1e-4, atol=1e-4)
 
 
+def test_compiled_blocks() -> None:
+    """Also the last one, without an output for the text."""
+    pipe = pipeline()
+    flashomni.enable(pipe, config(tau_kv=0.3))
+    want = draw(pipe, 6)
+    for block in pipe.transformer.transformer_blocks:
+        block.compile(fullgraph=True, backend="eager")
+    assert torch.equal(draw(pipe, 6), want)
+    torch.compiler.reset()
+
+
 def test_memory() -> None:
     pipe = pipeline()
     said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=20)

@@ -68,6 +68,8 @@ class Joint:
 class Call:
     """What prepare() of a family found in the inputs of the call at hand.
 
+    image: where the image stream of the attention at hand lies.
+
     text_lengths: valid text tokens of each batch element, where they differ. condition: how many tokens at
     the end of the image stream are given and not drawn (pictures to edit); drawn: or how many at its end are
     drawn, where those before are given (earlier frames). text_tokens: how many tokens of a
@@ -78,6 +80,7 @@ class Call:
         self.engine, self.text_first = engine, text_first
         self.text_lengths: tuple[int, ...] | None = None
         self.condition = 0
+        self.image = Segment("image", 0, 0)
         self.drawn: int | None = None
         self.text_tokens = 0
         self._read: list[tuple[Tensor, tuple, Any]] = []

@@ -20,6 +20,7 @@ class Row:
     gemm_q: str
     gemm_o: str
     notes: tuple[str, ...] = ()
+    mlp: str = "dense"  # or "follow" (Config.mlp)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Explanation:
 
 
 _ALWAYS = (
-    "Dense in every step: key and value projections (text rows look at every key), feed-forward, modulation.",
+    "Dense in every step: key and value projections (text rows look at every key), modulation.",
     "Layers whose tiles are all reused (s_q) compute neither q, k, v nor attention until the next Update.",
 )
 
@@ -85,6 +86,7 @@ def row_of(layer: Layer, config: Config) -> Row:
         gemm_q,
         "sparse" if caches and layer.gemm_o else "dense",
         notes,
+        "follow" if config.mlp == "follow" and caches and layer.can_follow else "dense",
     )
 
 
@@ -98,5 +100,11 @@ def explanation(
 ) -> Explanation:
     """The table; `notes` are the family's."""
     rows = tuple(row_of(layer, config) for layer in layers)
+    feed_forward = "Feed-forward: dense in every step."
+    if config.mlp == "follow":
+        following = sum(row.mlp == "follow" for row in rows)
+        feed_forward = (
+            f"Feed-forward: rows cached in all heads are forecast in {following} of {len(rows)} layers."
+        )
     kinds = tuple(step.kind for step in plan(num_steps, config)) if num_steps is not None else ()
-    return Explanation(model, enabled, config, rows, _ALWAYS + notes, kinds)
+    return Explanation(model, enabled, config, rows, (*_ALWAYS, feed_forward, *notes), kinds)

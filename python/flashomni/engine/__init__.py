@@ -1,6 +1,7 @@
 """The Update-Dispatch engine: steps, state and layers, without any model."""
 
 from flashomni.engine.engine import Engine
+from flashomni.engine.follow import follow
 from flashomni.engine.layer import Attention, Output, Stream
 from flashomni.engine.linear import LinearRows, apply_linear, why_no_norm, why_no_wide_norm, why_not_plain
 from flashomni.engine.stats import RunStats
@@ -13,6 +14,7 @@ __all__ = [
     "RunStats",
     "Stream",
     "apply_linear",
+    "follow",
     "why_no_norm",
     "why_no_wide_norm",
     "why_not_plain",

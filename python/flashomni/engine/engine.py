@@ -140,7 +140,11 @@ class Engine:
         """All of the host's state that the pass at hand depends on, besides its inputs."""
         plan, layers = self.plan, self.contexts.of(self.context)
         if plan.kind == "dispatch":
-            states = [(state.is_ready(self), state.orders, state.keeps_o) for state in layers.values()]
+            states = [
+                (state.is_ready(self), state.orders, state.keeps_o)
+                + tuple(followed.orders for followed in state.followed.values())
+                for state in layers.values()
+            ]
         else:
             states = [state.history_of(self) if plan.record else () for state in layers.values()]
         identities = tuple(map(id, layers.values()))  # a graph holds its states: none is of the same address

@@ -101,11 +101,14 @@ class LayerRun:
             # This context was not there at the Update (guidance that starts late), or its modules changed.
             kind = "full"
             engine.journal.later(partial(engine.stats.note, "dispatch without an update: dense"))
+        state.done = kind
         if kind == "dispatch":
             outputs = self._dispatch()
         else:
             record = kind == "update" or (plan.record and a.layer not in engine.config.dense_layers)
             if record:
+                state.done = kind if kind == "update" else "record"
+                state.differences = state.history_of(engine)
                 state.keeps_o = keeps_o
                 self._prepare_history()
             outputs = self._update() if kind == "update" else self._full(record)
@@ -138,10 +141,8 @@ class LayerRun:
             return [self._output_update(i, derivatives[1 : state.orders]) for i in range(len(self.a.outputs))]
 
     def _dispatch(self) -> list[Tensor]:
-        engine, state, a = self.engine, self.state, self.a
-        coefficients = engine.scalars.row(engine, a.o.device)[: state.orders]
-        if state.asleep is not None and state.orders > 1:
-            coefficients = coefficients * state.asleep.weights[: state.orders]
+        engine, state = self.engine, self.state
+        coefficients = state.coefficients(engine, state.orders)
         if state.keeps_o:
             with engine.ledger("forecast"):
                 forecast(state.history[: state.orders], coefficients, self.o_heads)
@@ -219,7 +220,7 @@ class LayerRun:
         if a.condition is not None:
             state.protect(a.condition)
         state.decide_reuse(engine.config.max_order)
-        if any(stream.across_heads for stream in a.streams):
+        if engine.config.mlp == "follow" or any(stream.across_heads for stream in a.streams):
             state.decide_rows()
         state.measure_density()
 

@@ -17,6 +17,7 @@ class LayerShape:
 
     outputs: (rows, features) of each output projection. keeps_o: one of them is no plain linear layer, so
     that O itself is kept. scratch: (name, elements) of what it needs while it runs, which all layers share.
+    followers: (name, rows, features) of feed-forwards that can follow the attention.
     """
 
     name: str
@@ -26,6 +27,7 @@ class LayerShape:
     outputs: tuple[tuple[int, int], ...]
     keeps_o: bool = False
     scratch: tuple[tuple[str, int], ...] = ()
+    followers: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def width(self) -> int:
@@ -114,6 +116,8 @@ def _layer(config: Config, layer: LayerShape, batch: int, contexts: int, itemsiz
         return each * sum(size for _, size in _forms(config, rows, width, itemsize))
 
     cached = 0 if layer.keeps_o else (order + 1) * sum(kept(*output) for output in layer.outputs)
+    if config.mlp == "follow":
+        cached += (order + 1) * sum(kept(rows, features) for _, rows, features in layer.followers)
     history = (order + 1 if layer.keeps_o else order) * kept(layer.tokens, layer.width)
     symbols = contexts * _symbol_bytes(config, layer, batch)
     if config.history == "host" and not layer.keeps_o:
@@ -161,4 +165,10 @@ def _kept_scratch(config: Config, layer: LayerShape, itemsize: int) -> set[tuple
     if config.cache_dtype != "model" and not layer.keeps_o:
         products = [rows * features * itemsize for rows, features in layer.outputs]
         tensors |= {(f"product {i}", size) for i in range(order + 1) for size in products}
+    if config.cache_dtype != "model" and config.mlp == "follow":
+        tensors |= {
+            (f"{name} {i}", rows * features * itemsize)
+            for name, rows, features in layer.followers
+            for i in range(order + 1)
+        }
     return tensors

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from flashomni.engine.buffers import new_zeros
+from flashomni.engine.follow import Followed
 from flashomni.engine.kept import Kept
 from flashomni.policies import Segment
 from flashomni.symbols import SparseSymbols, pack
@@ -87,6 +89,9 @@ class LayerState:
     row_symbols: RowSymbols | None = None
     protections: dict[Segment, Protection] = field(default_factory=dict)
     keeps_o: bool = False  # O itself is forecast, as an output projection is no plain linear
+    followed: dict[str, Followed] = field(default_factory=dict)  # feed-forwards after the attention
+    done: str = "full"  # what the pass at hand did here: "full", "record" (full, into the history), ..
+    differences: tuple[int, int] = (0, 1)  # history_of() the last recorded step, before it was recorded
     measured: Tensor | None = None  # float32 [2, H], of the last Update: see keep_density()
     density: Tensor | None = None  # float32 [H], selected share of block pairs
     cache_density: Tensor | None = None  # float32 [H], share of active tiles
@@ -135,6 +140,11 @@ class LayerState:
     def note_updated(self, engine, orders: int) -> None:
         self.orders, self.updated_step = orders, engine.index
 
+    def coefficients(self, engine, orders: int) -> Tensor:
+        """Of the Dispatch step at hand, float32 [orders]; order 0's alone in a layer that is reused whole."""
+        row = engine.scalars.row(engine, self.shape[-1])[:orders]
+        return row if self.asleep is None or orders == 1 else row * self.asleep.weights[:orders]
+
     def is_ready(self, engine) -> bool:
         """Whether the Update before the Dispatch step at hand was done here."""
         return self.updated_step == engine.index - engine.plan.since_update
@@ -152,12 +162,18 @@ class LayerState:
         """Forgets the run, keeps the memory."""
         self.recorded, self.recorded_step, self.updated_step = 0, -1, -1
         self.policy = {}
+        for followed in self.followed.values():
+            followed.recorded_step = -1
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Tensors by what they are for."""
         return {
             "symbols": [t for t in (self.symbols.cache, self.symbols.skip) if t is not None],
-            "cached": [t for output in self.cached for kept in output for t in kept.parts],
+            "cached": [
+                t
+                for kept in chain(*self.cached, *(f.kept for f in self.followed.values()))
+                for t in kept.parts
+            ],
             "history": [t for kept in self.history if not kept.on_host for t in kept.parts],
             "host_history": [t for kept in self.history if kept.on_host for t in kept.parts],
         }

@@ -38,6 +38,8 @@ class Blocks:
 
     path: of the ModuleList in the model. block: class name of the blocks there that this describes.
     attention: name of the attention in a block. processor: class name of the processor that ours stands for.
+    feed_forward: names of the FeedForward modules in a block; the first can follow the attention
+    (Config.mlp).
     has_text: some of the tokens that attend to each other are text.
     rope: form of what the block gets as RoPE (flashomni.diffusers.rope); None: no RoPE. mask: argument in
     which the model passes the padding that the family's prepare() has dealt with; any other mask is refused.
@@ -48,6 +50,7 @@ class Blocks:
     attention: str
     processor: str
     has_text: bool = True
+    feed_forward: tuple[str, ...] = ()
     rope: Callable | None = None
     mask: str | None = None
 
@@ -84,6 +87,12 @@ class Layer:
     refusal: str | None = None
     fallbacks: list[str] = field(default_factory=list)
     gemm_o: bool = True  # the output projections are ours
+
+    @property
+    def can_follow(self) -> bool:
+        """Whether the feed-forward after the attention can have its rows forecast."""
+        names = self.spec.feed_forward[:1]
+        return bool(names) and not any(note.split()[0] == names[0] for note in self.fallbacks)
 
     @property
     def attention(self) -> nn.Module:
@@ -180,6 +189,13 @@ def feed_forward_scratch(
             continue
         found.append((f"feed_forward {count}", count * part(layer.block, name).net[0].proj.out_features))
     return found
+
+
+def followers(layer: Layer, rows: int) -> tuple[tuple[str, int, int], ...]:
+    """The feed-forward that can follow the attention, as (what their scratch is called, rows, features)."""
+    if not layer.can_follow:
+        return ()
+    return (("feed_forward", rows, part(layer.block, layer.spec.feed_forward[0]).net[2].out_features),)
 
 
 class Processor(InGraph):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -9,8 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from flashomni import ops
+from flashomni.diffusers.blocks.base import Layer
 from flashomni.diffusers.blocks.compiled import InGraph
-from flashomni.engine import Engine, apply_linear, why_not_plain
+from flashomni.diffusers.call import Call
+from flashomni.engine import Engine, apply_linear, follow, why_not_plain
+from flashomni.policies import Segment
+from flashomni.symbols import SparseSymbols
+
+
+@dataclass(frozen=True)
+class Following:
+    """The attention whose rows a feed-forward follows (Config.mlp). alone: it has the image's rows only; else
+    all of the sequence's."""
+
+    call: Call
+    layer: int
+    alone: bool
+
+    def start_of(self, rows: int) -> int | None:
+        """Where `rows` begin in the joint sequence; None if they are other rows than the attention's."""
+        state = self.call.engine.contexts.get(self.call.engine.context, self.layer)
+        if state is None:
+            return None
+        segment = self.call.image if self.alone else Segment("all", 0, state.shape[1])
+        return segment.start if segment.length == rows else None
+
+
+def following_of(call: Call, layer: Layer, *, alone: bool) -> Following | None:
+    """As the engine's config has it."""
+    return Following(call, layer.index, alone) if call.engine.config.mlp == "follow" else None
 
 
 class FusedFeedForward(InGraph):
@@ -18,8 +47,9 @@ class FusedFeedForward(InGraph):
 
     flashomni = True
 
-    def __init__(self, engine: Engine, module: nn.Module):
+    def __init__(self, engine: Engine, module: nn.Module, following: Following | None):
         self.engine, self.module, self.own = engine, module, type(module).forward
+        self.following = following
         self.enroll()
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -32,13 +62,23 @@ class FusedFeedForward(InGraph):
         ours = engine.enabled and hidden_states.ndim == 3 and not why_not_fused(module, hidden_states.dtype)
         if not ours:
             return self.own(module, hidden_states, *args, **kwargs)
-        first, last = module.net[0], module.net[2]
-        shape = (*hidden_states.shape[:2], first.proj.out_features)
-        inner = engine.buffers.take("feed_forward", shape, hidden_states)
-        with engine.ledger("mlp"):
+        following = self.following
+        start = following.start_of(hidden_states.shape[1]) if following is not None else None
+        if start is None:
+            return self._products(hidden_states, None, None)
+        compute = partial(self._products, hidden_states, start=start)
+        return follow(engine, following.layer, "feed_forward", compute)
+
+    def _products(
+        self, x: Tensor, rows: SparseSymbols | None, out: Tensor | None, *, start: int = 0
+    ) -> Tensor:
+        """On the active row blocks; x begins at row `start` of the joint sequence."""
+        first, last = self.module.net[0], self.module.net[2]
+        inner = self.engine.buffers.take("feed_forward", (*x.shape[:2], first.proj.out_features), x)
+        with self.engine.ledger("mlp"):
             activation = "gelu_tanh" if first.approximate == "tanh" else "gelu"
-            apply_linear(first.proj, hidden_states, inner, activation=activation)
-            return ops.gemm_q(inner, last.weight, last.bias)
+            apply_linear(first.proj, x, inner, rows, row_offset=start, activation=activation)
+            return ops.gemm_q(inner, last.weight, last.bias, rows, row_offset=start, out=out)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -46,9 +86,9 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return module._flashomni_forward(*args, **kwargs)
 
 
-def intercept_feed_forward(engine: Engine, module: nn.Module):
+def intercept_feed_forward(engine: Engine, module: nn.Module, following: Following | None = None):
     """Puts FusedFeedForward in place; returns a function that takes it out again."""
-    fused, forward = FusedFeedForward(engine, module), MethodType(_forward, module)
+    fused, forward = FusedFeedForward(engine, module, following), MethodType(_forward, module)
     if "forward" not in module.__dict__:
         module._flashomni_forward = fused
         module.forward = forward

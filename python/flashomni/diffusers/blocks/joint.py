@@ -15,6 +15,7 @@ from flashomni.diffusers.blocks.base import (
     Projections,
     Restore,
     feed_forward_scratch,
+    followers,
     keeps_o,
     part,
     put_processor,
@@ -22,7 +23,7 @@ from flashomni.diffusers.blocks.base import (
     rope_of,
     stream_of,
 )
-from flashomni.diffusers.blocks.feed_forward import intercept_feed_forward, why_not_fused
+from flashomni.diffusers.blocks.feed_forward import following_of, intercept_feed_forward, why_not_fused
 from flashomni.diffusers.call import Call
 from flashomni.engine import Attention, Output
 from flashomni.engine.memory import LayerShape
@@ -39,7 +40,6 @@ class JointBlocks(Blocks):
 
     image: Projections
     text: Projections
-    feed_forward: tuple[str, ...] = ()
 
     def streams(self) -> tuple[Projections, ...]:
         return self.image, self.text
@@ -51,8 +51,12 @@ class JointBlocks(Blocks):
             layer.look(layer.block, name, why_not_fused)
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
-        modules = [part(layer.block, name) for name in self.feed_forward]
-        feed_forwards = [intercept_feed_forward(call.engine, m) for m in modules if m is not None]
+        feed_forwards = []
+        for i, name in enumerate(self.feed_forward):
+            module = part(layer.block, name)
+            following = following_of(call, layer, alone=len(self.feed_forward) > 1) if i == 0 else None
+            if module is not None:
+                feed_forwards.append(intercept_feed_forward(call.engine, module, following))
         attention = layer.attention
         restore_processor = put_processor(attention, JointProcessor(call, layer, attention.processor))
 
@@ -80,12 +84,16 @@ class JointBlocks(Blocks):
                 ("o", tokens * layer.width),
                 *feed_forward_scratch(layer, self.feed_forward, rows),
             ),
+            followers=followers(layer, rows[0]),
         )
 
 
 class JointProcessor(Processor):
     """Attention processor of a block that keeps text and image apart: (image, text), each [B, tokens, C];
     text is None where it has no output projection."""
+
+    def run(self, arguments: dict[str, Any]) -> list[Tensor]:
+        return [result for result in super().run(arguments) if result is not None]
 
     def __call__(
         self,
@@ -108,11 +116,14 @@ class JointProcessor(Processor):
         if torch.compiler.is_compiling():
             streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
             given = streams | masks | {"image_rotary_emb": image_rotary_emb}
-            return tuple(self.trace(given, list(streams.values())))
+            results = 1 if part(attn, self.spec.text.out) is None else 2
+            of_image, *of_text = self.trace(given, list(streams.values())[:results])
+            return of_image, of_text[0] if of_text else None
         layer, spec = self.layer, self.spec
         refuse_masks(spec, layer.name, masks)
         joint = self.call.lay_out(encoder_hidden_states.shape[1], hidden_states.shape[1])
         image, text = joint.image, joint.text
+        self.call.image = image
         outputs = [Output(part(attn, spec.image.out), image.start, image.length)]
         text_out = part(attn, spec.text.out)
         if text_out is not None:

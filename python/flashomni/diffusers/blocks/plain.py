@@ -15,6 +15,7 @@ from flashomni.diffusers.blocks.base import (
     Projections,
     Restore,
     feed_forward_scratch,
+    followers,
     keeps_o,
     part,
     put_processor,
@@ -22,7 +23,7 @@ from flashomni.diffusers.blocks.base import (
     rope_of,
     stream_of,
 )
-from flashomni.diffusers.blocks.feed_forward import intercept_feed_forward, why_not_fused
+from flashomni.diffusers.blocks.feed_forward import following_of, intercept_feed_forward, why_not_fused
 from flashomni.diffusers.call import Call
 from flashomni.engine import Attention, Output
 from flashomni.engine.memory import LayerShape
@@ -37,7 +38,6 @@ class PlainBlocks(Blocks):
     """
 
     stream: Projections
-    feed_forward: tuple[str, ...] = ()
 
     def streams(self) -> tuple[Projections, ...]:
         return (self.stream,)
@@ -49,7 +49,10 @@ class PlainBlocks(Blocks):
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
         restores = [
-            intercept_feed_forward(call.engine, part(layer.block, name)) for name in self.feed_forward
+            intercept_feed_forward(
+                call.engine, part(layer.block, name), following_of(call, layer, alone=False)
+            )
+            for name in self.feed_forward
         ]
         attention = layer.attention
         restores.append(put_processor(attention, PlainProcessor(call, layer, attention.processor)))
@@ -73,6 +76,7 @@ class PlainBlocks(Blocks):
                 ("o", tokens * layer.width),
                 *feed_forward_scratch(layer, self.feed_forward, (tokens,)),
             ),
+            followers=followers(layer, tokens),
         )
 
 

@@ -1,0 +1,67 @@
+"""Feed-forwards whose rows follow the attention: a row block that is cached in all heads is forecast too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flashomni import ops
+from flashomni.engine.kept import Kept, forecast
+from flashomni.symbols import SparseSymbols
+
+Compute = Callable[[SparseSymbols | None, Tensor | None], Tensor]
+
+
+@dataclass(slots=True)
+class Followed:
+    """What one feed-forward gave and how that changed: D + 1 differences of its output, [B, rows, N] each."""
+
+    kept: list[Kept] = field(default_factory=list)
+    orders: int = 0
+    recorded_step: int = -1
+
+    def note_recorded(self, engine, orders: int) -> None:
+        self.orders, self.recorded_step = orders, engine.index
+
+
+def follow(engine, layer: int, name: str, compute: Compute) -> Tensor:
+    """The feed-forward `name` after the attention `layer` of the pass at hand.
+
+    compute(rows, out) does it on the active rows (None: all) into `out` (None: a new tensor), returned.
+    An Update keeps all of the result; a Dispatch forecasts all of it and computes the active rows anew.
+    """
+    state = engine.contexts.get(engine.context, layer)
+    followed = state.followed.setdefault(name, Followed())
+    if state.done == "dispatch" and followed.recorded_step == state.updated_step:
+        kept = followed.kept[: followed.orders]
+        out = torch.empty(kept[0].shape, dtype=kept[0].like.dtype, device=kept[0].like.device)
+        with engine.ledger("forecast"):
+            forecast(kept, state.coefficients(engine, followed.orders), out)
+        return compute(state.rows, out)
+    out = compute(None, None)
+    if state.done in ("update", "record"):
+        _record(engine, state, followed, name, out)
+    return out
+
+
+def _record(engine, state, followed: Followed, name: str, out: Tensor) -> None:
+    """The same steps enter this history as enter that of the attention's output."""
+    valid, gap = state.differences
+    if not followed.kept or followed.recorded_step != engine.index - gap:
+        valid = 0
+    fp8 = engine.config.cache_dtype == "float8_e4m3"
+    while len(followed.kept) <= engine.config.max_order:
+        scratch = f"{name} {len(followed.kept)}"
+        followed.kept.append(Kept(scratch, tuple(out.shape), out, engine.buffers, fp8=fp8))
+    kept = followed.kept[: valid + 1]
+    with engine.ledger("forecast"):
+        tensors = [one.read() if i < valid else one.space() for i, one in enumerate(kept)]
+        ops.taylor_update(out, tensors, gap=float(gap), valid=valid)
+        for one, tensor in zip(kept, tensors, strict=True):
+            one.keep(tensor)
+    orders = 1 if state.reuse_all else valid + 1
+    engine.journal.now(partial(followed.note_recorded, engine, orders))
