@@ -76,6 +76,23 @@ def complex_elements(rope: Tensor, joint: Joint) -> Tables | Rotation:
     return rotate
 
 
+def image_pairs_by_head(rope: Tables, joint: Joint) -> Rotation:
+    """cos, sin [tokens, H, D / 2] of the image alone, another angle in each head."""
+    first, cos, sin = joint.image.start, *rope
+
+    def rotate(x: Tensor, start: int) -> None:
+        # x may be of the image's rows or of the text's, which is not rotated.
+        rows = slice(max(start, first), min(start + x.shape[1], first + joint.image.length))
+        if rows.start >= rows.stop:
+            return
+        image = x[:, rows.start - start : rows.stop - start]
+        c, s = (table[rows.start - first : rows.stop - first] for table in (cos, sin))
+        even, odd = image[..., 0::2].float(), image[..., 1::2].float()
+        image.copy_(torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2))
+
+    return rotate
+
+
 def _tables(freqs: Tensor) -> Tables:
     return tuple(part.float().repeat_interleave(2, -1) for part in (freqs.real, freqs.imag))
 

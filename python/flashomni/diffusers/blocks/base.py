@@ -129,7 +129,7 @@ class Layer:
         for name in (stream.norm_q, stream.norm_k):
             if name is not None and not stream.other_norms:
                 self.look(attention, name, why_no_wide_norm if stream.across_heads else why_no_norm)
-        if stream.out is not None:
+        if stream.out is not None and optional_part(attention, stream.out) is not None:
             self.gemm_o &= self.look(attention, stream.out, why_not_plain)
 
 
@@ -138,6 +138,13 @@ def part(module: nn.Module, path: str) -> Any:
     return reduce(
         lambda m, name: m[int(name)] if name.isdigit() else getattr(m, name), path.split("."), module
     )
+
+
+def optional_part(module: nn.Module, path: str) -> Any:
+    """The same, or None where its owner has nothing of the last name."""
+    owner, _, name = path.rpartition(".")
+    owner = part(module, owner) if owner else module
+    return part(owner, name) if hasattr(owner, name) or name.isdigit() else None
 
 
 def stream_of(attention: nn.Module, names: Projections, x: Tensor, start: int) -> Stream:

@@ -17,6 +17,7 @@ from flashomni.diffusers.blocks.base import (
     feed_forward_scratch,
     followers,
     keeps_o,
+    optional_part,
     part,
     put_processor,
     refuse_masks,
@@ -70,7 +71,7 @@ class JointBlocks(Blocks):
     def shape_of(self, layer: Layer, image: int, text: int) -> LayerShape:
         tokens = image + text
         streams = ((image, self.image), (text, self.text))
-        outs = [(rows, part(layer.attention, stream.out)) for rows, stream in streams]
+        outs = [(rows, optional_part(layer.attention, stream.out)) for rows, stream in streams]
         outs = [(rows, out) for rows, out in outs if out is not None]
         rows = (image, text) if len(self.feed_forward) > 1 else (tokens,)
         return LayerShape(
@@ -116,7 +117,7 @@ class JointProcessor(Processor):
         if torch.compiler.is_compiling():
             streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
             given = streams | masks | {"image_rotary_emb": image_rotary_emb}
-            results = 1 if part(attn, self.spec.text.out) is None else 2
+            results = 1 if optional_part(attn, self.spec.text.out) is None else 2
             of_image, *of_text = self.trace(given, list(streams.values())[:results])
             return of_image, of_text[0] if of_text else None
         layer, spec = self.layer, self.spec
@@ -125,7 +126,7 @@ class JointProcessor(Processor):
         image, text = joint.image, joint.text
         self.call.image = image
         outputs = [Output(part(attn, spec.image.out), image.start, image.length)]
-        text_out = part(attn, spec.text.out)
+        text_out = optional_part(attn, spec.text.out)
         if text_out is not None:
             outputs.append(Output(text_out, text.start, text.length))
         attention = Attention(
