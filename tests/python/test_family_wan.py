@@ -10,6 +10,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from family_checks import (
     ROUNDING,
@@ -22,24 +24,26 @@ from family_checks import (
 )
 
 import flashomni
+from flashomni.diffusers.api import transformers_of
 from flashomni.engine.state import RowSymbols
 from flashomni.policies import RandomPolicy
+
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "rope_max_seq_len": 32,
+}
 
 
 def transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
     torch.manual_seed(seed)
-    settings = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 64,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 2,
-        "text_dim": 16,
-        "freq_dim": 16,
-        "ffn_dim": 32,
-        "rope_max_seq_len": 32,
-    }
-    model = WanTransformer3DModel(**(settings | changes))
+    model = WanTransformer3DModel(**(TINY | changes))
     with torch.no_grad():
         for block in model.blocks:
             block.scale_shift_table.mul_(8)
@@ -138,7 +142,7 @@ def test_memory() -> None:
     pipe = experts()
     said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=0)
     flashomni.enable(pipe, config())
-    draw(pipe, 18)
+    draw(pipe, 12)
     assert said.by_kind == flashomni.stats(pipe).bytes_held
     assert said.layers[2].name == "transformer_2.blocks.0"
 
@@ -167,6 +171,9 @@ def test_two_experts_keep_their_own_state() -> None:
     assert parts[1].notes == {"dispatch without an update: dense": 4}  # steps 6 and 7, in 2 layers
     both = flashomni.stats(pipe)
     assert {layer for _, layer in both.symbols} == {0, 1, 2, 3}
+    # Step 7 entered the history of the Update at step 8.
+    second = transformers_of(pipe)[1][1].__dict__["_flashomni"].engine
+    assert {state.orders for state in second.contexts.states()} == {2}
     assert both.density == pytest.approx((parts[0].density + parts[1].density) / 2)
     with flashomni.disabled(pipe):
         assert torch.equal(draw(pipe, 12), want)
@@ -210,6 +217,36 @@ def test_image_to_video() -> None:
     run = torch.no_grad()(lambda pipe, steps: passes(pipe.transformer, steps))
     check_nothing_reused_is_dense(pipe, run)
     check_sparse_runs(pipe, run)
+
+
+def test_vace() -> None:
+    """The control branch has attentions of its own, before the model's."""
+    torch.manual_seed(0)
+    model = WanVACETransformer3DModel(**TINY, vace_layers=[0], vace_in_channels=6)
+    with torch.no_grad():
+        for block in (*model.blocks, *model.vace_blocks):
+            block.scale_shift_table.mul_(8)
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
+    pipe = quiet(
+        WanVACEPipeline(transformer=lively(model), scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    )
+
+    def run(pipe, steps: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(2)
+        x, control, text = (
+            torch.randn(shape, generator=generator)
+            for shape in ((2, 4, 3, 14, 16), (2, 6, 3, 14, 16), (2, 20, 16))
+        )
+        pipe.scheduler.set_timesteps(steps)
+        for t in pipe.scheduler.timesteps:
+            y = pipe.transformer(x, t.expand(2), text, control_hidden_states=control, return_dict=False)[0]
+            x = pipe.scheduler.step(y, t, x, return_dict=False)[0]
+        return x
+
+    check_nothing_reused_is_dense(pipe, run)
+    check_sparse_runs(pipe, run)
+    names = [row.name for row in flashomni.explain(pipe).rows]
+    assert names == ["vace_blocks.0", "blocks.0", "blocks.1"]
 
 
 def test_timesteps_of_their_own_for_tokens() -> None:

@@ -63,6 +63,11 @@ class Engine:
         """What the step at hand does."""
         return self.plans[self.index]
 
+    def is_before_update(self) -> bool:
+        """Whether an Update comes within max_order steps: what runs dense now can still enter its history."""
+        after = self.index + 1
+        return any(plan.kind == "update" for plan in self.plans[after : after + self.config.max_order])
+
     def begin(self, num_steps: int) -> None:
         """A new run of `num_steps` denoising steps: forgets everything of the last one but its memory."""
         plans = schedule.plan(num_steps, self.config)
@@ -140,8 +145,10 @@ class Engine:
         """All of the host's state that the pass at hand depends on, besides its inputs."""
         plan, layers = self.plan, self.contexts.of(self.context)
         if plan.kind == "dispatch":
+            late = self.is_before_update()
             states = [
                 (state.is_ready(self), state.orders, state.keeps_o)
+                + (state.history_of(self) if late and not state.is_ready(self) else ())
                 + tuple(followed.orders for followed in state.followed.values())
                 for state in layers.values()
             ]

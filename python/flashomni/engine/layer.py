@@ -97,15 +97,16 @@ class LayerRun:
         plan = engine.plan
         keeps_o = any(why_not_plain(output.linear, a.o.dtype) is not None for output in a.outputs)
         kind = "full" if a.layer in engine.config.dense_layers else plan.kind
+        record = plan.record
         if kind == "dispatch" and not (state.is_ready(engine) and state.keeps_o == keeps_o):
             # This context was not there at the Update (guidance that starts late), or its modules changed.
-            kind = "full"
+            kind, record = "full", engine.is_before_update()
             engine.journal.later(partial(engine.stats.note, "dispatch without an update: dense"))
         state.done = kind
         if kind == "dispatch":
             outputs = self._dispatch()
         else:
-            record = kind == "update" or (plan.record and a.layer not in engine.config.dense_layers)
+            record = kind == "update" or (record and a.layer not in engine.config.dense_layers)
             if record:
                 state.done = kind if kind == "update" else "record"
                 state.differences = state.history_of(engine)

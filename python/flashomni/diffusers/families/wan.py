@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text to video, image to video, with one expert or two."""
+"""Wan 2.1 and 2.2: text to video, image to video, VACE, with one expert or two."""
 
 from __future__ import annotations
 
@@ -10,21 +10,33 @@ WIDE_NORMS = Projections(
     "to_q", "to_k", "to_v", "norm_q", "norm_k", out="to_out.0", after_out="to_out.1", across_heads=True
 )
 
+
+def _blocks(path: str, block: str) -> PlainBlocks:
+    return PlainBlocks(
+        path=path,
+        block=block,
+        attention="attn1",
+        stream=WIDE_NORMS,
+        processor="WanAttnProcessor",
+        feed_forward=("ffn",),
+        has_text=False,
+        rope=rope.batched_tables,
+    )
+
+
+_PRESETS = textless_presets(tau_kv=0.05)
+_NOTES = (TEXTLESS, ACROSS_HEADS, CROSS_DENSE)
+
 WAN = Family(
     models=("WanTransformer3DModel",),
-    blocks=(
-        PlainBlocks(
-            path="blocks",
-            block="WanTransformerBlock",
-            attention="attn1",
-            stream=WIDE_NORMS,
-            processor="WanAttnProcessor",
-            feed_forward=("ffn",),
-            has_text=False,
-            rope=rope.batched_tables,
-        ),
-    ),
-    presets=textless_presets(tau_kv=0.05),
-    notes=(TEXTLESS, ACROSS_HEADS, CROSS_DENSE),
+    blocks=(_blocks("blocks", "WanTransformerBlock"),),
+    presets=_PRESETS,
+    notes=_NOTES,
 )
-FAMILIES = (WAN,)
+VACE = Family(
+    models=("WanVACETransformer3DModel",),
+    blocks=(_blocks("vace_blocks", "WanVACETransformerBlock"), _blocks("blocks", "WanTransformerBlock")),
+    presets=_PRESETS,
+    notes=_NOTES,
+)
+FAMILIES = (WAN, VACE)
