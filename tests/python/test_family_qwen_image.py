@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from family_checks import check_nothing_reused_is_dense, check_sparse_runs, config, error, lively, quiet
+from PIL import Image
 
 import flashomni
 
@@ -121,6 +128,43 @@ def test_pictures_to_edit_are_protected() -> None:
         assert len(rows) and (bool(rows[:, 3:5].all()) is protect or not protect)
         assert not bool(cache[:, :, :3].all())
         flashomni.disable(model)
+
+
+def test_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QwenImageEditPipeline with a small picture, its latents given: guidance, and the picture protected."""
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (160, 144, None))
+
+    def run(pipe, steps: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(1, *shape, generator=generator)
+
+        picture = noise(4, 1, 18, 20)
+        pipe._encode_vae_image = lambda image, generator: picture
+        return pipe(
+            image=Image.new("RGB", (160, 144)),
+            prompt_embeds=noise(20, 16),
+            prompt_embeds_mask=(torch.arange(20) < 13)[None].long(),
+            negative_prompt_embeds=noise(20, 16),
+            negative_prompt_embeds_mask=(torch.arange(20) < 6)[None].long(),
+            latents=noise(192, 16),
+            true_cfg_scale=3.0,
+            height=256,
+            width=192,
+            num_inference_steps=steps,
+            output_type="latent",
+        ).images
+
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae", "processor"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = quiet(QwenImageEditPipeline(transformer=pipeline().transformer, scheduler=scheduler, **parts))
+    check_nothing_reused_is_dense(pipe, run)
+    stats = check_sparse_runs(pipe, run)
+    assert {symbols.q_tokens for symbols in stats.symbols.values()} == {192 + 90 + 13, 192 + 90 + 6}
+    for symbols in stats.symbols.values():
+        cache = symbols.masks()[0]
+        assert bool(cache[:, :, 3:].all()) and not bool(cache[:, :, :3].all())
 
 
 def test_explain() -> None:
