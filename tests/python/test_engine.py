@@ -172,6 +172,25 @@ def test_dense_layers_stay_dense():
     assert stats.density == 1.0 and stats.bytes_held["cached"] == 0 and stats.bytes_held["history"] == 0
 
 
+def test_passes_of_one_name_in_one_step_are_kept_apart():
+    toy = Toy(config(), RandomPolicy(0.5, 0.5))
+    engine = toy.engine
+    engine.begin(2)
+    for _ in range(2):
+        names = []
+        for name in ("window", "window", "other"):
+            engine.start_pass(name)
+            names.append(engine.context)
+            engine.end_pass(True)
+        assert names == ["window", ("window", 1), "other"]
+        engine.step()
+    engine.begin(1)
+    for completed in (False, True):
+        engine.start_pass("window")
+        engine.end_pass(completed)
+        assert engine.context == "window"
+
+
 def test_a_context_that_was_not_there_at_the_update_runs_dense_until_the_next():
     toy = Toy(config(), RandomPolicy(0.0, 0.5))
     toy.engine.begin(7)

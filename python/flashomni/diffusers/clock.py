@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -33,13 +34,24 @@ class SchedulerClock:
             return result
 
         scheduler.set_timesteps, scheduler.step = wrapped_set_timesteps, wrapped_step
+        scheduler.__dict__["__deepcopy__"] = self._plain_copy
         self._wrapped = {"set_timesteps": wrapped_set_timesteps, "step": wrapped_step}
 
     def _num_steps(self) -> int:
         # Image-to-image pipelines set the timesteps of a whole run and begin in its middle.
         return len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
 
+    def _plain_copy(self, memo: dict) -> Any:
+        """A deep copy, as LTX-2's pipelines make one for their sound, drives nobody: ours stays behind."""
+        ours = {_ATTRIBUTE, "__deepcopy__"}
+        ours |= {name for name, wrapped in self._wrapped.items() if self.scheduler.__dict__[name] is wrapped}
+        clone = memo[id(self.scheduler)] = object.__new__(type(self.scheduler))
+        own = {name: value for name, value in self.scheduler.__dict__.items() if name not in ours}
+        clone.__dict__.update(copy.deepcopy(own, memo))
+        return clone
+
     def _unwrap(self) -> None:
+        del self.scheduler.__dict__["__deepcopy__"]
         for name, original in self._saved.items():
             if self.scheduler.__dict__.get(name) is not self._wrapped[name]:
                 continue  # wrapped again by somebody else: ours stays below it and has nobody left to tell

@@ -57,6 +57,19 @@ def channel_tables(rope: Tables, joint: Joint) -> Rotation:
     return rotate
 
 
+def head_tables(rope: Tables, joint: Joint) -> Rotation:
+    """The same as LTX-2 has it: as LTX, or (cos, sin) [B, H, tokens, D / 2] of pairs (i, i + D / 2)."""
+    if rope[0].ndim == 3:
+        return channel_tables(rope, joint)
+
+    def rotate(x: Tensor, start: int) -> None:
+        cos, sin = (table[:, :, start : start + x.shape[1]].transpose(1, 2) for table in rope)
+        first, second = x.float().chunk(2, dim=-1)
+        x.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+
+    return rotate
+
+
 def complex_streams(rope: tuple[Tensor, Tensor], joint: Joint) -> Tables:
     """Complex [tokens, D / 2] of the image and of the text."""
     of_image, of_text = map(_tables, rope)

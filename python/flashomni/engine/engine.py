@@ -43,7 +43,7 @@ class Engine:
         self.enabled = True
         self._pending: Callable[[], int] | None = None
         self._inputs: Hashable = None
-        self._passes = 0
+        self._names: list[Hashable] = []  # of the passes of this step
         self._seen: set[Hashable] = set()
         self._once: dict[Hashable, object] = {}
         self._started = 0.0
@@ -56,7 +56,7 @@ class Engine:
     @property
     def is_new(self) -> bool:
         """Whether no pass of the run has begun yet."""
-        return self._pending is not None or (self.index == 0 and self._passes == 0)
+        return self._pending is not None or (self.index == 0 and not self._names)
 
     @property
     def plan(self) -> schedule.StepPlan:
@@ -72,7 +72,7 @@ class Engine:
         """A new run of `num_steps` denoising steps: forgets everything of the last one but its memory."""
         plans = schedule.plan(num_steps, self.config)
         self._pending = None
-        self.plans, self.index, self._passes = plans, 0, 0
+        self.plans, self.index, self._names = plans, 0, []
         self.contexts.reset(self._seen)
         self.buffers.drop_unused()
         self._seen = set()
@@ -85,16 +85,17 @@ class Engine:
     def begin_when_called(self, num_steps: Callable[[], int]) -> None:
         """A new run whose length is asked for at its first pass: by then pipelines know where they start."""
         self._pending = num_steps
-        self.plans, self.index, self._passes = [], 0, 0
+        self.plans, self.index, self._names = [], 0, []
 
     def step(self) -> None:
         """The denoising step is over."""
         self.index += 1
-        self._passes = 0
+        self._names = []
 
     def start_pass(self, name: Hashable | None = None, inputs: Hashable = None) -> None:
-        """A call of the model begins. `name` is its context; by default its number within the step. `inputs`:
-        what of the call's inputs the layers' work depends on besides their tensors' shapes.
+        """A call of the model begins. `name` is its context, numbered if it comes again within the step (windows
+        of a long video); by default the pass' number. `inputs`: what of the call's inputs the layers' work
+        depends on besides their tensors' shapes.
 
         Raises RuntimeError if no run has begun or the run is over.
         """
@@ -110,11 +111,12 @@ class Engine:
                 "every step, where engine = flashomni.enable(transformer). To call the model outside a run: "
                 "`with flashomni.disabled(...)`."
             )
-        self.context = self._passes if name is None else name
+        repeats = self._names.count(name)
+        self.context = len(self._names) if name is None else (name, repeats) if repeats else name
         self._inputs = inputs
         self._once.clear()
         self._seen.add(self.context)
-        self._passes += 1
+        self._names.append(name)
         self._started = self.ledger.now() if self.ledger.enabled else 0.0
 
     def end_pass(self, completed: bool) -> None:
@@ -122,7 +124,7 @@ class Engine:
         self._once.clear()
         self.traffic.join()
         if not completed:
-            self._passes = max(self._passes - 1, 0)
+            self._names = self._names[:-1]
         elif self.ledger.enabled:
             self.ledger.add("model", self.ledger.now() - self._started)
 
