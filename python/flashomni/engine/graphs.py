@@ -46,9 +46,16 @@ class StepGraphs:
         self._graphs, self._used, self._pool, self._model_print = {}, set(), None, None
 
     def begin(self) -> None:
-        """A new run. Graphs of a model that has changed since, and those that went unused, are dropped."""
+        """A new run. Graphs of a model that has changed since, and those that went unused, are dropped.
+
+        A model that is offloaded between runs comes back to other addresses, while what is seen of it here
+        stays the same: its graphs are dropped too.
+        """
         print_now = fingerprint(self.model)
-        if print_now != self._model_print:
+        away = any(
+            graph is not None and not self._is_on(graph.inputs[0].device) for graph in self._graphs.values()
+        )
+        if away or print_now != self._model_print:
             self.clear()
             self._model_print = print_now
         self._graphs = {key: graph for key, graph in self._graphs.items() if key in self._used}
@@ -71,9 +78,16 @@ class StepGraphs:
             return forward(*args, **kwargs)
         graph = self._graphs[key]
         first = graph is None
+        if first and not self._is_on(tensors[0].device):
+            self.engine.stats.note("cuda_graphs: weights are offloaded layer by layer")
+            return forward(*args, **kwargs)
         if first:
             graph = self._graphs[key] = self._capture(forward, leaves, spec, tensors)
         return self._replay(graph, tensors, first)
+
+    def _is_on(self, device: torch.device) -> bool:
+        """Whether all weights are there."""
+        return all(parameter.device == device for parameter in self.model.parameters())
 
     def _why_not(self, tensors: list[Tensor]) -> str | None:
         engine = self.engine
