@@ -93,9 +93,11 @@ class Engine:
         self._names = []
 
     def start_pass(self, name: Hashable | None = None, inputs: Hashable = None) -> None:
-        """A call of the model begins. `name` is its context, numbered if it comes again within the step (windows
-        of a long video); by default the pass' number. `inputs`: what of the call's inputs the layers' work
-        depends on besides their tensors' shapes.
+        """A call of the model begins.
+
+        name: its context, numbered if it comes again within the step (windows of a long video); by default
+            the pass' number. inputs: what of the call's inputs the layers' work depends on besides their
+            tensors' shapes.
 
         Raises RuntimeError if no run has begun or the run is over.
         """
