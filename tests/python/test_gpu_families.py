@@ -1,95 +1,64 @@
-"""Families without text, the policy drift and feed-forwards that follow, on the GPU."""
+"""Model families on a GPU: padding that differs in a batch, fused products, rotations an element."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
-import test_family_pixart as pixart
-import test_family_wan as wan
 import torch
-from family_checks import config, error
+from family_checks import config, denoise, error
+from test_family_flux2 import passes as flux2_passes
+from test_family_flux2 import pipeline as flux2_pipeline
+from test_family_hunyuan_video import pipeline as hunyuan_pipeline
 
 import flashomni
 
 pytestmark = pytest.mark.gpu
 
-MODELS = {"wan": wan, "pixart": pixart}
-STEPS = 14
 
-
-@pytest.fixture(autouse=True)
-def _needs_gemms() -> None:
-    x = torch.zeros(1, 8, 64, device="cuda", dtype=torch.bfloat16)
-    try:
-        flashomni.gemm_q(x, torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16))
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-
-
-def model_of(name: str) -> torch.nn.Module:
-    model = wan.transformer() if name == "wan" else pixart.pixart().transformer
-    return model.to("cuda", torch.bfloat16)
-
-
-def denoise(name: str, model: torch.nn.Module, engine, strict: bool = False) -> list[torch.Tensor]:
-    """The model's output at each step; strict: in a late step, whatever makes the host wait is an error."""
-    generator = torch.Generator().manual_seed(3)
+def hunyuan(dtype: torch.dtype) -> tuple:
+    """(model, x, inputs): two elements with 13 and 6 tokens of text."""
+    generator = torch.Generator().manual_seed(2)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to("cuda", torch.bfloat16)
+        return torch.randn(2, *shape, generator=generator).to("cuda", dtype)
 
-    x = noise(2, 4, 3, 14, 16) if name == "wan" else noise(2, 4, 24, 28)
-    text, outputs = noise(2, 20, 16), []
-    times = torch.linspace(1000, 0, STEPS + 1, device="cuda")
-    options = {} if name == "wan" else {"added_cond_kwargs": {}}
-    engine.begin(STEPS)
-    for i in range(STEPS):
-        torch.cuda.set_sync_debug_mode("error" if strict and i > 8 else "default")
-        try:
-            given = {"encoder_hidden_states": text, "timestep": times[i].expand(2)}
-            y = model(hidden_states=x, return_dict=False, **given, **options)[0]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        outputs.append(y)
-        x = x - y[:, :4] / STEPS
-        engine.step()
-    return outputs
+    model = hunyuan_pipeline().transformer.to("cuda", dtype)
+    inputs = {
+        "encoder_hidden_states": noise(20, 16),
+        "encoder_attention_mask": (torch.arange(20) < torch.tensor([[13], [6]])).cuda(),
+        "pooled_projections": noise(8),
+        "guidance": torch.full((2,), 6000.0, device="cuda", dtype=dtype),
+    }
+    return model, noise(4, 3, 16, 16), inputs
 
 
-@pytest.mark.parametrize("mlp", ["dense", "follow"])
-@pytest.mark.parametrize("policy", ["drift", "flashomni"])
-@pytest.mark.parametrize("name", MODELS)
-def test_graphs_give_the_bits_of_eager_steps(name: str, policy: str, mlp: str) -> None:
-    model = model_of(name)
-    settings = {"policy": policy, "mlp": mlp, "tau_q": 0.8, "tau_kv": 0.6, "ramp_power": 1.0}
-    eager = flashomni.enable(model, config(**settings))
-    want, stats = denoise(name, model, eager), flashomni.stats(model)
-    assert (stats.cache_density < 1) == (policy == "drift") and stats.density < 1
+def test_padding_that_differs_in_a_batch() -> None:
+    exact = denoise(*hunyuan(torch.float64), steps=6)[-1]
+    model, x, inputs = hunyuan(torch.bfloat16)
+    theirs = error(denoise(model, x, inputs, 6)[-1], exact)
+    engine = flashomni.enable(model, config(policy="dense", strict=True))
+    assert error(denoise(model, x, inputs, 6, engine)[-1], exact) < 1.5 * theirs
+
+
+def test_graphs_follow_the_lengths() -> None:
+    model, x, inputs = hunyuan(torch.bfloat16)
+    other = inputs | {"encoder_attention_mask": inputs["encoder_attention_mask"].flip(0)}
+    runs = [inputs, other, inputs]
+    engine = flashomni.enable(model, config(tau_kv=0.3))
+    want = [denoise(model, x, given, 14, engine) for given in runs]
     flashomni.disable(model)
-    engine = flashomni.enable(model, config(cuda_graphs=True, **settings))
-    for _ in range(2):
-        for got, wanted in zip(denoise(name, model, engine), want, strict=True):
-            assert torch.equal(got, wanted)
-    assert not flashomni.stats(model).notes
+    engine = flashomni.enable(model, config(tau_kv=0.3, cuda_graphs=True))
+    for given, outputs in zip(runs, want, strict=True):
+        for a, b in zip(denoise(model, x, given, 14, engine), outputs, strict=True):
+            assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_step_never_waits_for_the_device(name: str) -> None:
-    model = model_of(name)
-    engine = flashomni.enable(model, config(policy="drift", mlp="follow", tau_q=0.8, s_q=0.3))
-    denoise(name, model, engine)
-    denoise(name, model, engine, strict=True)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_nothing_reused_is_the_models_own(name: str) -> None:
-    model = model_of(name)
-
-    class Clock:
-        def begin(self, steps: int) -> None: ...
-
-        def step(self) -> None: ...
-
-    want = denoise(name, model, Clock())
-    engine = flashomni.enable(model, config(policy="dense", mlp="follow"))
-    for got, wanted in zip(denoise(name, model, engine), want, strict=True):
-        assert error(got, wanted) < 0.1
+def test_fused_products() -> None:
+    model = flux2_pipeline().transformer
+    exact = flux2_passes(copy.deepcopy(model).to("cuda", torch.float64))[-1]
+    model = model.to("cuda", torch.bfloat16)
+    theirs = error(flux2_passes(model)[-1], exact)
+    engine = flashomni.enable(model, config(policy="dense", strict=True))
+    engine.begin(6)
+    assert error(flux2_passes(model, engine.step)[-1], exact) < 1.5 * theirs
