@@ -17,6 +17,9 @@ def test_rows_are_memorys_own_and_fp8_halves_them() -> None:
     assert by_setting["D = 1"]["history"] == 2 * feature == by_setting["D = 1, host"]["host_history"]
     assert by_setting["D = 1, fp8"]["cached"] == (1 + 4 / 128) / 2 * by_setting["D = 1"]["cached"]
     assert memory.tables(rows)
+    wan = models.model_of("wan-14b")  # keeps some small tensors in float32
+    feature = wan.tokens(wan.tiny_size, 0) * 2 * 64 * 2
+    assert rows[len(memory.SETTINGS) + 1]["bytes"]["cached"] == 2 * 2 * feature
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "wan-14b"])

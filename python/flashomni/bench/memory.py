@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from flashomni.bench import models
 from flashomni.config import Config
-from flashomni.engine.memory import KINDS, LayerShape, Memory, predict
+from flashomni.engine.memory import KINDS
 
 CASES: tuple[tuple[str, str], ...] = (
     ("flux-dev", "1024x1024"),
@@ -31,13 +30,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def run(cases: Sequence[tuple[str, str]] = CASES, *, tiny: bool = False) -> list[dict]:
     """A row a case and setting, in bytes; bfloat16, batch 1, one pass a step."""
+    import flashomni
+
     rows = []
     for name, resolution in cases:
         model = models.model_of(name)
         size = models.parse_size(resolution, model.tiny_size if tiny else model.size)
+        tokens = {"image_tokens": model.image_tokens(size), "text_tokens": model.text if model.joint else 0}
         transformer = models.build(model, "meta", torch.bfloat16, tiny=tiny)
         for setting, changes in SETTINGS.items():
-            found = memory_of(Config(**changes), transformer, model, size)
+            found = flashomni.memory(Config(**changes), transformer, **tokens)
             rows.append(
                 {
                     "suite": "memory",
@@ -52,29 +54,6 @@ def run(cases: Sequence[tuple[str, str]] = CASES, *, tiny: bool = False) -> list
                 }
             )
     return rows
-
-
-def memory_of(config: Config, transformer: nn.Module, model: models.Model, size: models.Size) -> Memory:
-    """flashomni.memory(), or from shapes where the engine does not serve the model yet."""
-    import flashomni
-
-    image, text = model.image_tokens(size), model.text if model.joint else 0
-    try:
-        return flashomni.memory(config, transformer, image_tokens=image, text_tokens=text)
-    except NotImplementedError:
-        if model.joint:
-            raise
-    c = transformer.config  # blocks with one attention over the image alone
-    width = c.num_attention_heads * c.attention_head_dim
-    shape = LayerShape(
-        name="block",
-        heads=c.num_attention_heads,
-        head_dim=c.attention_head_dim,
-        tokens=image,
-        outputs=((image, width),),
-        scratch=(("o", image * width),),
-    )
-    return predict(config, [shape] * c.num_layers)
 
 
 def tables(rows: Sequence[dict]) -> list:

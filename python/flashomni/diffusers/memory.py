@@ -42,12 +42,11 @@ def memory(
     parts = []
     for name, transformer in transformers_of(model):
         family = family_of(transformer)
-        shapes = [
-            layer.spec.shape_of(layer, image_tokens, text_tokens)
-            for layer in find_layers(transformer, family, name)
-            if layer.refusal is None
-        ]
-        itemsize = (dtype or next(transformer.parameters()).dtype).itemsize
+        layers = [layer for layer in find_layers(transformer, family, name) if layer.refusal is None]
+        shapes = [layer.spec.shape_of(layer, image_tokens, text_tokens) for layer in layers]
+        # An attention's: models keep some small tensors in float32.
+        model_dtype = next((layers[0].attention if layers else transformer).parameters()).dtype
+        itemsize = (dtype or model_dtype).itemsize
         options = {"batch": batch, "contexts": contexts, "itemsize": itemsize}
         parts.append(predict(config_of(config, family), shapes, **options))
     return Memory(sum((part.layers for part in parts), ()), sum(part.buffers for part in parts))
