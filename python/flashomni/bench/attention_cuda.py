@@ -33,9 +33,9 @@ CASES = (
     Case(0.3, "skewed"),
     Case(0.3, "summaries"),
     Case(0.5, "tiles"),
-    Case(0.0, "tiles"),
     *(Case(density, block=(128, 64)) for density in (1.0, 0.3, 0.1)),
     *(Case(density, block=(64, 64)) for density in (1.0, 0.3, 0.1)),
+    Case(0.0, "tiles"),  # the last one, as the chip rests under it
 )
 
 
@@ -62,14 +62,16 @@ def run(
         calls[case] = _call(q, k, v, symbols, out, options)
         work[case] = harness.attention_flops(symbols, head_dim)
     arms = {str(case): call for case, call in calls.items()}
+    arms["hot again"] = calls[CASES[0]]  # not reported
     arms["cudnn"] = cudnn(q, k, v)
     if (fa3 := _fa3()) is not None:
         arms["fa3"] = lambda: fa3(q, k, v)
     ms = cuda.interleave(arms, rounds)
     full = 4.0 * heads * head_dim * tokens * tokens
     best = work[CASES[0]] / ms[str(CASES[0])]
+    kernels = cuda.kernels_us({str(case): call for case, call in calls.items()})
     rows = []
-    for case, call in calls.items():
+    for case in calls:
         took, rate = ms[str(case)], work[case] / ms[str(case)]
         found = harness.row(
             "attention_cuda", _described(case, q), took, work[case], ("cudnn", ms["cudnn"], full)
@@ -78,7 +80,7 @@ def run(
         found["ratio_fa3"] = rate / (full / ms["fa3"]) if "fa3" in ms else None
         found["fa3_ms"] = ms.get("fa3")
         found["share_of_dense"] = rate / best
-        found["plan_us"] = sum(us for name, us in cuda.kernels_us(call).items() if "plan" in name)
+        found["plan_us"] = cuda.plan_us(kernels[str(case)])
         rows.append(found)
     return rows
 

@@ -69,39 +69,32 @@ def host_us(call: Callable[[], object], calls: int = 500, rounds: int = 7) -> fl
     return median(times[1:]) * 1e6
 
 
-def kernels_us(call: Callable[[], object], calls: int = 20) -> dict[str, float]:
-    """Mean microseconds of each kernel that `call` launches, by its name without arguments."""
+def kernels_us(arms: Mapping[str, Callable[[], object]], calls: int = 10) -> dict[str, dict[str, float]]:
+    """Mean microseconds of each kernel that an arm launches, by the kernel's name without arguments."""
     from torch.profiler import ProfilerActivity, profile
 
-    call()
+    for call in arms.values():
+        call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(calls):
-            call()
+        for call in arms.values():
+            torch.cuda._sleep(1000)  # a kernel of torch's own parts the arms
+            for _ in range(calls):
+                call()
         torch.cuda.synchronize()
-    found: dict[str, float] = defaultdict(float)
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            name = re.match(r"(?:void )?([\w:]|\(anonymous namespace\))+", event.name)[0]
-            found[name.split("::")[-1]] += event.device_time / calls
-    return dict(found)
+    kernels = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    found: list[dict[str, float]] = []
+    for event in sorted(kernels, key=lambda event: event.time_range.start):
+        name = re.match(r"(?:void )?([\w:]|\(anonymous namespace\))+", event.name)[0].split("::")[-1]
+        if name.startswith("spin_kernel"):
+            found.append(defaultdict(float))
+        elif found:
+            found[-1][name] += event.device_time / calls
+    if len(found) != len(arms):
+        raise RuntimeError(f"profiler: expected kernels of {len(arms)} arms, got {len(found)}")
+    return {name: dict(times) for name, times in zip(arms, found, strict=True)}
 
 
-def busy_ms(call: Callable[[], object]) -> float:
-    """Milliseconds of one call in which the GPU is at work on anything."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not getattr(event, "is_user_annotation", False)  # a range that a name was given to
-    )
-    busy, end = 0.0, float("-inf")
-    for begun, ended in spans:
-        busy += max(0.0, ended - max(begun, end))
-        end = max(end, ended)
-    return busy / 1e3
+def plan_us(kernels: Mapping[str, float]) -> float:
+    """Of an arm's kernels, what planning takes."""
+    return sum(us for name, us in kernels.items() if "plan" in name)

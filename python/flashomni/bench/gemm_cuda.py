@@ -54,7 +54,7 @@ def run(shape: Shape, *, dtype: torch.dtype = torch.bfloat16, rounds: int = 7, s
 
     GEMM-Q has outputs / 128 heads. GEMM-O has 24 heads of 128, or fewer; columns past them are always active.
     ratio: torch's linear over ours; ideal: the same for work alone; efficiency: one over the other. plan_us:
-    the plan kernel alone.
+    GEMM-Q's plan kernel alone; GEMM-O's is of one thread.
     """
     torch.manual_seed(seed)
     x = torch.randn(1, shape.rows, shape.width, device="cuda", dtype=dtype)
@@ -89,6 +89,7 @@ def run(shape: Shape, *, dtype: torch.dtype = torch.bfloat16, rounds: int = 7, s
     linear = ("torch_linear", ms["linear"], shape.flops)
     window_linear = ("torch_linear", WINDOW * ms["linear"], WINDOW * shape.flops)
 
+    kernels = cuda.kernels_us({name: call for name, call in arms.items() if name.startswith("q ")})
     rows = []
     for pattern, sparsity, q, o in cases:
         case = {
@@ -106,20 +107,20 @@ def run(shape: Shape, *, dtype: torch.dtype = torch.bfloat16, rounds: int = 7, s
         def took(name: str, at: str = f"{pattern} {sparsity}") -> float:
             return ms[f"{name} {at}"]
 
-        def add(suite: str, time: float, work: float, base: tuple, plan: Callable | None, case: dict) -> None:
+        def add(suite: str, time: float, work: float, base: tuple, plan: str | None, case: dict) -> None:
             found = harness.row(f"{suite}_cuda", case, time, base[2] * work, base)
             found["ideal"] = 1 / work if work > 0 else None
             found["efficiency"] = found["ratio"] * work
-            found["plan_us"] = plan and sum(us for n, us in cuda.kernels_us(plan).items() if "plan" in n)
+            found["plan_us"] = plan and cuda.plan_us(kernels[plan])
             rows.append(found)
 
         name = f"{pattern} {sparsity}"
-        add("gemm_q", took("q"), q_share, linear, arms[f"q {name}"], case)
+        add("gemm_q", took("q"), q_share, linear, f"q {name}", case)
         add("gemm_q_gelu", took("q_gelu"), q_share, linear, None, case)
         for order in (0, 1):
             ordered = {**case, "order": order}
             update = 1 + order * in_heads * (1 - o_share)
-            add("gemm_o", took(f"o{order}"), o_work, linear, arms[f"o{order} {name}"], ordered)
+            add("gemm_o", took(f"o{order}"), o_work, linear, None, ordered)
             add("gemm_o_update", took(f"u{order}"), update, linear, None, ordered)
             window = took(f"u{order}") + (WINDOW - 1) * took(f"o{order}")
             work = (update + (WINDOW - 1) * o_work) / WINDOW

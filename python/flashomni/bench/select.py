@@ -119,6 +119,7 @@ def run(
         arms["sdpa"] = attention_cuda.cudnn(q, k, v)
     ms = (cuda if q.is_cuda else harness).interleave(arms, rounds)
     dense = 4.0 * heads * head_dim * tokens * tokens
+    kernels = cuda.kernels_us(selecting) if q.is_cuda else {}
     rows = []
     for name in (*selecting, *forecasting):
         case = {
@@ -133,7 +134,7 @@ def run(
             baseline = ("cudnn" if q.is_cuda else "torch_sdpa", ms["sdpa"], dense)
             rows.append(harness.row("select", case, ms[name], None, baseline))
             if q.is_cuda:
-                rows[-1]["kernels_us"] = cuda.kernels_us(selecting[name])
+                rows[-1]["kernels_us"] = kernels[name]
             continue
         found = harness.row("forecast", case, ms[name], None, ("torch_copy", ms["copy"], None))
         found["copy_share"] = forecasting[name][0] / 2 * ms["copy"] / ms[name]

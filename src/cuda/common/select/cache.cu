@@ -12,6 +12,11 @@ namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 
+template <int kUnit>
+__host__ __device__ int64_t padded(int count) {
+  return (int64_t(count) + kUnit - 1) / kUnit * kUnit;
+}
+
 /// Over the whole CTA; every thread has the result.
 __device__ double total_of_all(double value) {
   __shared__ double parts[kWarps];
@@ -101,8 +106,9 @@ __global__ void __launch_bounds__(kThreads) cache_kernel(const __grid_constant__
   let_next_start();
   wait_for_previous();
   extern __shared__ double memory[];
-  const Columns columns{memory, reinterpret_cast<float*>(memory + p.text_kv())};
-  float *share = columns.peak + p.text_kv(), *scratch = share + p.q_blocks;
+  // Each part begins at a multiple of 16 bytes: wide reads of one do not touch the next.
+  const Columns columns{memory, reinterpret_cast<float*>(memory + padded<2>(p.text_kv()))};
+  float *share = columns.peak + padded<4>(p.text_kv()), *scratch = share + padded<4>(p.q_blocks);
   const int head = blockIdx.x, batch = blockIdx.y;
   const int64_t of_head = int64_t(batch) * p.heads + head;
   const float tau = p.ramped(p.tau_q);
@@ -122,7 +128,8 @@ __global__ void __launch_bounds__(kThreads) cache_kernel(const __grid_constant__
 }  // namespace
 
 int cache_shared_bytes(const SelectProblem& p) {
-  const int64_t bytes = p.caches ? p.text_kv() * int64_t(12) + p.q_blocks * int64_t(8) : 0;
+  const int64_t bytes =
+      p.caches ? padded<2>(p.text_kv()) * 8 + padded<4>(p.text_kv()) * 4 + padded<4>(p.q_blocks) * 8 : 0;
   return static_cast<int>(std::min<int64_t>(bytes, INT32_MAX));
 }
 

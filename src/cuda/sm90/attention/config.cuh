@@ -103,7 +103,7 @@ struct AttentionConfig {
     RingBarriers<kRingSlots> blocks;
     RingBarriers<kMaskSlots> masks;
     uint64_t landing;
-    int near_end;  // tiles of which the loader has few steps left or none: the loader writes, the manager reads
+    int near_end;  // tiles of which the loader has few steps left or none; by atomics: it writes, the manager reads
   };
   static constexpr int kSharedBytes = sizeof(Shared);
   static constexpr uint32_t kQueryBytes = kBlockQ * kPanels * 128, kStepBytes = kStep * kPanels * 128;

@@ -10,8 +10,8 @@
 namespace flashomni::cuda::sm90 {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kChunk = 1024;  // tiles sorted at a time
+constexpr int kThreads = 1024;
+constexpr int kChunk = kThreads;  // tiles sorted at a time: one a thread
 
 /// Keys and values that half of the L2 cache holds.
 constexpr int64_t kSharedCacheBytes = 25 << 20;
@@ -61,27 +61,25 @@ __device__ void write_partial(const Problem& problem, uint32_t* partial) {
 /// Tiles [begin, begin + tiles) of a group: the active ones into `items`, longest first. Returns their number;
 /// adds what this thread's tiles select to `blocks`, and raises `longest` to the most that one selects.
 __device__ int write_chunk(const Group& group, int begin, int tiles, Item* items, int& blocks, int& longest) {
-  __shared__ int key[kChunk];  // selected blocks; -1: cached
-  int total = 0;
-  for (int t = threadIdx.x; t < kChunk; t += kThreads) {
-    key[t] = t < tiles ? group.selected(begin + t) : -1;
-    blocks += max(key[t], 0);
-    longest = max(longest, key[t]);
-    total += __syncthreads_count(key[t] >= 0);
-    if (t - threadIdx.x + kThreads >= tiles) break;
-  }
-  bool equal = true;  // the usual case: equal counts, and none cached
-  for (int t = threadIdx.x; t < tiles; t += kThreads) equal &= key[t] == key[0] && key[t] >= 0;
-  const bool in_order = __syncthreads_and(equal);
-  for (int t = threadIdx.x; t < tiles; t += kThreads) {
-    const int mine = key[t];
-    if (mine < 0) continue;
+  __shared__ int4 keys[kChunk / 4];  // of the longest tile the greatest, and of equal ones of the first; -1: cached
+  int* key = reinterpret_cast<int*>(keys);
+  const int t = threadIdx.x, selects = t < tiles ? group.selected(begin + t) : -1;
+  const int mine = selects < 0 ? -1 : selects * kChunk + kChunk - 1 - t;
+  key[t] = mine;
+  blocks += max(selects, 0);
+  longest = max(longest, selects);
+  const int total = __syncthreads_count(selects >= 0);
+  // The usual case: equal counts, and none cached.
+  const bool in_order = __syncthreads_and(t >= tiles || (mine >= 0 && selects == key[0] / kChunk));
+  if (mine >= 0) {
     int place = t;
     if (!in_order) {
       place = 0;
-#pragma unroll 8
-      for (int other = 0; other < tiles; ++other)
-        place += key[other] > mine || (key[other] == mine && other < t);
+#pragma unroll 4
+      for (int i = 0; i < (tiles + 3) / 4; ++i) {
+        const int4 four = keys[i];
+        place += (four.x > mine) + (four.y > mine) + (four.z > mine) + (four.w > mine);
+      }
     }
     items[place] = group.item(begin + t);
   }

@@ -46,7 +46,7 @@ struct Manager {
   }
 
   __device__ void await_loader() const {
-    while (*const_cast<volatile int*>(&shared.near_end) < tiles_published) __nanosleep(200);
+    while (atomicAdd(&shared.near_end, 0) < tiles_published) __nanosleep(200);
   }
 
   /// Lane r gets what region r of the list holds. Returns how many tiles come before the region's end.
@@ -424,7 +424,7 @@ struct Loader {
   }
 
   __device__ void tell_near_end() {
-    if (leader) *const_cast<volatile int*>(&shared.near_end) = tiles_taken;
+    if (leader) atomicExch(&shared.near_end, tiles_taken);
   }
 
   __device__ void run() {
