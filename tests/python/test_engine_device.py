@@ -8,6 +8,7 @@ import torch
 from graph_stand_in import StandIn
 from test_engine import HEADS, ReuseEverything, Toy, config, inputs
 
+from flashomni.engine import graphs
 from flashomni.engine.state import Asleep, LayerState
 from flashomni.policies import Policy, protect
 
@@ -146,3 +147,17 @@ def test_a_policy_that_is_not_capturable_updates_outside_graphs(monkeypatch):
     assert steps._why_not([Pretends()]) == "policy EveryOther is not capturable"
     toy.engine.index = 3
     assert steps._why_not([Pretends()]) is None
+
+
+def test_a_graph_sees_the_strides_of_its_inputs(monkeypatch, device_decides):
+    """torch rounds a linear layer's bias otherwise where its input has gaps: bits depend on strides."""
+    toy = GraphedToy(config(), BySign(), layers=2)
+    toy.engine.graph_steps(toy.out)
+    StandIn(monkeypatch, toy.engine)
+    steps = [torch.cat([x, x], 1)[:, : x.shape[1]] for x in inputs(9, batch=2)]
+    assert not steps[0].is_contiguous()
+    toy.run(steps)
+    captured = [graph for graph in toy.engine.graphs._graphs.values() if graph is not None]
+    assert captured and all(graph.inputs[0].stride() == steps[0].stride() for graph in captured)
+    repeated = torch.zeros(1, 1, 8).expand(2, 3, 8)  # elements that share memory get memory each
+    assert graphs._room_for(repeated).is_contiguous()

@@ -104,7 +104,7 @@ class StepGraphs:
     def _capture(self, forward, leaves: list, spec: pytree.TreeSpec, tensors: list[Tensor]) -> Graph:
         engine, device = self.engine, tensors[0].device
         with torch.inference_mode(False):
-            inputs = [torch.empty_like(t) for t in tensors]
+            inputs = [_room_for(t) for t in tensors]
         for fixed, tensor in zip(inputs, tensors, strict=True):
             fixed.copy_(tensor)
         fixed = iter(inputs)
@@ -150,6 +150,13 @@ class StepGraphs:
         # The graph's own outputs are overwritten at its next replay.
         outputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in graph.outputs]
         return pytree.tree_unflatten(outputs, graph.outputs_spec)
+
+
+def _room_for(tensor: Tensor) -> Tensor:
+    """Memory of its own with the same strides: torch's kernels depend on them, and so does how they round."""
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return torch.empty_like(tensor)  # elements that share memory cannot be written one by one
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def fingerprint(model: nn.Module) -> tuple:
