@@ -91,6 +91,11 @@ class Config:
             _check_integer("dense_layers", layer, "integers >= 0", lambda n: n >= 0)
         object.__setattr__(self, "dense_layers", layers)
 
+    @property
+    def caches_without_text(self) -> bool:
+        """Whether the policy may cache anything of a sequence without text."""
+        return self.policy != "flashomni"
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Config:
         """A named configuration, with fields changed where `changes` says so. ValueError lists the names."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import flashomni
+from flashomni import Config
 from flashomni.bench import memory, models
 
 
@@ -18,8 +21,10 @@ def test_rows_are_memorys_own_and_fp8_halves_them() -> None:
     assert by_setting["D = 1, fp8"]["cached"] == (1 + 4 / 128) / 2 * by_setting["D = 1"]["cached"]
     assert memory.tables(rows)
     wan = models.model_of("wan-14b")  # keeps some small tensors in float32
-    feature = wan.tokens(wan.tiny_size, 0) * 2 * 64 * 2
-    assert rows[len(memory.SETTINGS) + 1]["bytes"]["cached"] == 2 * 2 * feature
+    tokens, model = wan.tokens(wan.tiny_size, 0), models.build(wan, "meta", torch.bfloat16, tiny=True)
+    found = flashomni.memory(Config(policy="drift"), model, image_tokens=tokens, text_tokens=0)
+    assert found.by_kind["cached"] == 2 * 2 * (tokens * 2 * 64 * 2)
+    assert rows[len(memory.SETTINGS) + 1]["bytes"]["cached"] == 0  # the default policy caches by text
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "wan-14b"])

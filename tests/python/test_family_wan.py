@@ -138,12 +138,15 @@ def test_the_papers_policy_skips_and_caches_nothing() -> None:
     assert stats.cache_density == 1.0 > stats.density
 
 
-def test_memory() -> None:
-    pipe = experts()
-    said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=0)
-    flashomni.enable(pipe, config())
+@pytest.mark.parametrize("policy", ["flashomni", "drift"])
+def test_memory(policy: str) -> None:
+    """Where nothing can be cached, nothing is kept between steps."""
+    pipe, settings = experts(), config(policy=policy, mlp="follow", tau_kv=0.5, ramp_power=0)
+    said = flashomni.memory(settings, pipe, image_tokens=168, text_tokens=0)
+    flashomni.enable(pipe, settings)
     draw(pipe, 12)
     assert said.by_kind == flashomni.stats(pipe).bytes_held
+    assert (said.by_kind["cached"] + said.by_kind["history"] > 0) == (policy == "drift")
     assert said.layers[2].name == "transformer_2.blocks.0"
 
 

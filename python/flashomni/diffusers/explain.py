@@ -72,7 +72,7 @@ def row_of(layer: Layer, config: Config) -> Row:
     if layer.index in config.dense_layers:
         return Row(layer.index, layer.name, "dense", "dense", "dense", ("in dense_layers",))
     stream = layer.spec.streams()[0]
-    caches = layer.spec.has_text or config.policy != "flashomni"  # the paper's criterion is about text
+    caches = layer.spec.has_text or config.caches_without_text
     gemm_q = "dense"
     if caches and not any(note.split()[0] == stream.q for note in layer.fallbacks):
         gemm_q = "rows" if stream.across_heads else "sparse"

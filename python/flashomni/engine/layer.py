@@ -88,6 +88,8 @@ class LayerRun:
             config.block_q,
             config.block_kv,
         )
+        # Where nothing can be cached, nothing is kept either.
+        self.caches = attention.text.length > 0 or not getattr(engine.policy, "caches_by_text", False)
         self.o_heads = o[..., : attention.width]
         self.o4 = self.o_heads.unflatten(-1, (attention.heads, attention.head_dim))
 
@@ -95,18 +97,21 @@ class LayerRun:
         """The outputs [B, rows, N], one a projection."""
         engine, state, a = self.engine, self.state, self.a
         plan = engine.plan
-        keeps_o = any(why_not_plain(output.linear, a.o.dtype) is not None for output in a.outputs)
+        keeps_o = self.caches and any(
+            why_not_plain(output.linear, a.o.dtype) is not None for output in a.outputs
+        )
         kind = "full" if a.layer in engine.config.dense_layers else plan.kind
         record = plan.record
         if kind == "dispatch" and not (state.is_ready(engine) and state.keeps_o == keeps_o):
             # This context was not there at the Update (guidance that starts late), or its modules changed.
             kind, record = "full", engine.is_before_update()
             engine.journal.later(partial(engine.stats.note, "dispatch without an update: dense"))
-        state.done = kind
+        state.done = kind if self.caches else "full"
         if kind == "dispatch":
             outputs = self._dispatch()
         else:
             record = kind == "update" or (record and a.layer not in engine.config.dense_layers)
+            record &= self.caches
             if record:
                 state.done = kind if kind == "update" else "record"
                 state.differences = state.history_of(engine)
@@ -127,7 +132,7 @@ class LayerRun:
         q, k, _ = self._qkv()
         measures = Measures(engine.policy.needs, q, k, state.symbols)
         self._attend(None, measures)
-        derivatives = self._record(keep=True)
+        derivatives = self._record(keep=True) if self.caches else [self.o_heads]
         with engine.ledger("select"):
             stats = measures.stats()
             if "o_change" in engine.policy.needs and len(derivatives) > 1:
@@ -135,7 +140,7 @@ class LayerRun:
             self._select(stats)
         orders = 1 if state.reuse_all else len(derivatives)
         engine.journal.now(partial(state.note_updated, engine, orders))
-        if state.keeps_o:
+        if state.keeps_o or not self.caches:
             state.cached = []
             return [self._dense(output) for output in self.a.outputs]
         with engine.ledger("gemm_o"):
@@ -149,7 +154,7 @@ class LayerRun:
                 forecast(state.history[: state.orders], coefficients, self.o_heads)
         if not state.reuse_all:
             self._attend(state.symbols)
-        if state.keeps_o:
+        if state.keeps_o or not self.caches:
             return [self._dense(output) for output in self.a.outputs]
         return [self._output_dispatch(i, coefficients) for i in range(len(self.a.outputs))]
 

@@ -17,7 +17,8 @@ class LayerShape:
 
     outputs: (rows, features) of each output projection. keeps_o: one of them is no plain linear layer, so
     that O itself is kept. scratch: (name, elements) of what it needs while it runs, which all layers share.
-    followers: (name, rows, features) of feed-forwards that can follow the attention.
+    followers: (name, rows, features) of feed-forwards that can follow the attention. has_text: some of the
+    tokens are text.
     """
 
     name: str
@@ -28,6 +29,11 @@ class LayerShape:
     keeps_o: bool = False
     scratch: tuple[tuple[str, int], ...] = ()
     followers: tuple[tuple[str, int, int], ...] = ()
+    has_text: bool = True
+
+    def keeps_nothing(self, config: Config) -> bool:
+        """Between steps, as nothing can be cached."""
+        return not (self.has_text or config.caches_without_text)
 
     @property
     def width(self) -> int:
@@ -101,7 +107,7 @@ def predict(
     """
     rows = []
     for index, layer in enumerate(layers):
-        if index not in config.dense_layers:
+        if index not in config.dense_layers and not layer.keeps_nothing(config):
             rows.append(_layer(config, layer, batch, contexts, itemsize))
         else:
             rows.append(LayerMemory(layer.name, contexts * _symbol_bytes(config, layer, batch), 0, 0))
@@ -145,7 +151,7 @@ def _scratch_bytes(config: Config, layers: Sequence[LayerShape], batch: int, ite
         o = layer.tokens * layer.width * itemsize
         tensors |= {("q", o), ("k", o), ("v", o)}
         tensors |= {(name, size * itemsize) for name, size in layer.scratch}
-        if index not in config.dense_layers:
+        if index not in config.dense_layers and not layer.keeps_nothing(config):
             tensors |= _kept_scratch(config, layer, itemsize)
     return batch * sum(size for _, size in tensors)
 

@@ -101,10 +101,14 @@ class Policy:
 
     `capturable` says that select() only launches work, the same at every step but for what it reads from
     tensors (step.ramp_on_device among them): then an Update can be a CUDA graph.
+
+    `caches_by_text` promises that select() sets all of S_c where a sequence has no text: then the engine
+    keeps nothing between steps for such a layer.
     """
 
     needs: frozenset[str] = frozenset()
     capturable: bool = False
+    caches_by_text: bool = False
 
     def select(self, step: Step, layout: Layout, stats: Stats, state: dict, choice: Choice) -> None:
         raise NotImplementedError(f"policy {type(self).__name__}: expected a select() method, got none")

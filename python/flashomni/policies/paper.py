@@ -14,6 +14,7 @@ class FlashOmniPolicy(Policy):
 
     needs = frozenset({"q_mean", "k_mean"})
     capturable = True
+    caches_by_text = True
 
     def __init__(self, tau_q: float, tau_kv: float, s_q: float = 0.0, self_similarity: float = 0.0):
         self.tau_q, self.tau_kv, self.s_q = tau_q, tau_kv, s_q

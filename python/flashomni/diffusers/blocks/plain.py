@@ -77,6 +77,7 @@ class PlainBlocks(Blocks):
                 *feed_forward_scratch(layer, self.feed_forward, (tokens,)),
             ),
             followers=followers(layer, tokens),
+            has_text=self.has_text,
         )
 
 
