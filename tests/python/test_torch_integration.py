@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import flashomni
 from flashomni import SparseSymbols
+from flashomni.diffusers.blocks.compiled import InGraph
 from flashomni.ops import _dispatch
 
 TOKENS, HEADS, DIM, TEXT = 300, 2, 64, 77
@@ -21,6 +22,17 @@ TOKENS, HEADS, DIM, TEXT = 300, 2, 64, 77
 
 def symbols() -> SparseSymbols:
     return random_symbols(torch.Generator().manual_seed(0), 1, HEADS, TOKENS, TOKENS, (128, 64))
+
+
+class Times(InGraph):
+    """What a block's part in a graph may be."""
+
+    def __call__(self, x: torch.Tensor, factor: int) -> torch.Tensor:
+        return factor * x
+
+
+TIMES = Times()
+TIMES.enroll()
 
 
 def samples() -> dict[str, tuple]:
@@ -72,6 +84,7 @@ def samples() -> dict[str, tuple]:
         "quantize_fp8": (torch.randn(3, 150), torch.zeros(3, 150, dtype=torch.uint8), torch.zeros(3, 2)),
         "packbits": (bits, True),
         "segment_packbits": (bits, torch.tensor([0, 9, 20], dtype=torch.int32), False),
+        "layer": (TIMES.number, "x,factor=3", [torch.zeros(3, 4)], [torch.randn(3, 4)]),
     }
 
 
@@ -223,6 +236,7 @@ def test_the_schemas_tell_what_is_written() -> None:
         "quantize_fp8": {"values", "scales"},
         "packbits": set(),
         "segment_packbits": set(),
+        "layer": set(),
     }
     for name, written in writes.items():
         schema = getattr(torch.ops.flashomni, name).default._schema
