@@ -114,8 +114,8 @@ def markdown(content: dict, best: Sequence[dict], floor: float) -> str:
         "# Quality of the engine on tiny_flux",
         "",
         f"Made by `flashomni quality --prompts {count} --steps {content['steps']}` on {host['cpu']}, "
-        f"{host['threads']} threads, {host['isa']}, torch {host['torch']}. {count} held-out prompt{'s' if count != 1 else ''}, one "
-        f"seed each, "
+        f"{host['threads']} threads, {host['isa']}, torch {host['torch']}. {count} held-out "
+        f"prompt{'s' if count != 1 else ''}, one seed each, "
         f"{content['steps']} steps, 256 x 256 pixels (4,096 image and 16 text tokens).",
         "",
         "![Speed-up against PSNR](images/frontier.png)",
