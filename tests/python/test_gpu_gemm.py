@@ -87,15 +87,15 @@ def test_rows_around_the_blocks(rows: int, row_offset: int) -> None:
 @pytest.mark.parametrize("clustered", [False, True])
 @pytest.mark.parametrize("rows", [4608, 16896])
 def test_densities_at_full_size(density: float, clustered: bool, rows: int) -> None:
-    """Whole rounds of tiles and split tails, at every remainder."""
+    """Whole rounds of tiles and what is left over, halved or not."""
     solve_q(make_problem(BF16, rows, 24, 128, 3072, density, for_q=True, width=3072, clustered=clustered))
     solve_o(make_problem(BF16, rows, 24, 128, 3072, density, clustered=clustered, order=1))
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 5, 13, 40, 66, 100, 131, 132, 133, 150, 200, 264, 265])
 @pytest.mark.parametrize("width", [64, 640, 704, 3072])
-def test_split_tiles(tiles: int, width: int) -> None:
-    """One head, as many tiles as said: from many parts a tile to none."""
+def test_tiles_left_over_from_whole_rounds(tiles: int, width: int) -> None:
+    """One head, as many tiles as said: where their halves fit a round they are halved."""
     solve_q(make_problem(BF16, tiles * 256 - 100, 1, 128, 128, 1.0, for_q=True, width=width))
     solve_q(make_problem(FP16, tiles * 256 - 200, 1, 128, 128, 1.0, for_q=True, width=width), "gelu_tanh")
 
