@@ -3,7 +3,14 @@
 from flashomni.engine.engine import Engine
 from flashomni.engine.follow import follow
 from flashomni.engine.layer import Attention, Output, Stream
-from flashomni.engine.linear import LinearRows, apply_linear, why_no_norm, why_no_wide_norm, why_not_plain
+from flashomni.engine.linear import (
+    LinearRows,
+    apply_linear,
+    linear_tiles,
+    why_no_norm,
+    why_no_wide_norm,
+    why_not_plain,
+)
 from flashomni.engine.stats import RunStats
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "Stream",
     "apply_linear",
     "follow",
+    "linear_tiles",
     "why_no_norm",
     "why_no_wide_norm",
     "why_not_plain",

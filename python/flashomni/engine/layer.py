@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from flashomni import ops
 from flashomni.engine.kept import Kept, forecast, unit
-from flashomni.engine.linear import apply_linear, norm_across_heads, norm_and_rope, why_not_plain
+from flashomni.engine.linear import (
+    apply_linear,
+    linear_tiles,
+    norm_across_heads,
+    norm_and_rope,
+    why_not_plain,
+)
 from flashomni.engine.measure import Measures, tile_norms
 from flashomni.engine.state import LayerState
 from flashomni.policies import Choice, Layout, Segment, Stats, Step
@@ -335,7 +341,7 @@ class LayerRun:
         o = self._rows(self.a.o, output)
         with self.engine.ledger("gemm_o"):
             if why_not_plain(output.linear, o.dtype) is None:
-                return ops.gemm_q(o, output.linear.weight, output.linear.bias)
+                return linear_tiles(o, output.linear.weight, output.linear.bias)
             return output.linear(o)
 
     @staticmethod

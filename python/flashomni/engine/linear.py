@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from flashomni import ops
 from flashomni.symbols import SparseSymbols
 
+_APPROXIMATE = {"gelu_tanh": "tanh", "gelu": "none"}  # gemm_q's names of activations, by torch's
+
 
 def _untouched(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not (module._forward_hooks or module._forward_pre_hooks)
@@ -53,6 +55,50 @@ def why_not_plain(module: nn.Module | LinearRows, dtype: torch.dtype) -> str | N
     return None
 
 
+def linear_tiles(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    symbols: SparseSymbols | None = None,
+    *,
+    row_offset: int = 0,
+    activation: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """ops.gemm_q; on a GPU, where all tiles are active, torch's own product.
+
+    x [B, M, K]; out [B, M, N], of which cached tiles stay as they were (None: a new tensor). Returns out.
+    """
+    if symbols is not None or not is_torchs(x, out):
+        return ops.gemm_q(x, weight, bias, symbols, row_offset=row_offset, activation=activation, out=out)
+    if out is None:
+        out = x.new_empty((*x.shape[:2], weight.shape[0]))
+    dense_linear(x, weight, bias, activation, out)
+    return out
+
+
+def is_torchs(x: Tensor, out: Tensor | None) -> bool:
+    """Whether torch does a dense layer: on a GPU cuBLAS is the fastest there is, but adds a bias on its way
+    only where there is nothing between the rows of `out`."""
+    return x.is_cuda and (out is None or out[0].is_contiguous())
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
+    """out [B, M, N] = activation(x [B, M, K] weight^T + bias) by torch, without a tensor in between."""
+    whole = x.is_contiguous() and out.is_contiguous()
+    elements = [(x.flatten(0, 1), out.flatten(0, 1))] if whole else zip(x, out, strict=True)
+    for rows, into in elements:
+        if bias is None:
+            torch.mm(rows, weight.t(), out=into)
+        elif activation == "gelu_tanh" and x.is_cuda:  # its GELU is the tanh form there, and only there
+            torch.ops.aten._addmm_activation.out(bias, rows, weight.t(), use_gelu=True, out=into)
+            continue
+        else:
+            torch.addmm(bias, rows, weight.t(), out=into)
+        if activation is not None:
+            torch.ops.aten.gelu_(into, approximate=_APPROXIMATE[activation])
+
+
 def apply_linear(
     module: nn.Module | LinearRows | Callable[[Tensor], Tensor],
     x: Tensor,
@@ -67,13 +113,13 @@ def apply_linear(
     x [B, M, K], out [B, M, N].
     """
     if why_not_plain(module, x.dtype) is None:
-        ops.gemm_q(
+        linear_tiles(
             x, module.weight, module.bias, symbols, row_offset=row_offset, activation=activation, out=out
         )
         return
     y = module(x)
     if activation is not None:
-        y = nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+        y = nn.functional.gelu(y, approximate=_APPROXIMATE[activation])
     out.copy_(y)
 
 

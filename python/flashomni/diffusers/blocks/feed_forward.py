@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashomni import ops
 from flashomni.diffusers.blocks.base import Layer
 from flashomni.diffusers.blocks.compiled import InGraph
 from flashomni.diffusers.call import Call
-from flashomni.engine import Engine, apply_linear, follow, why_not_plain
+from flashomni.engine import Engine, apply_linear, follow, linear_tiles, why_not_plain
 from flashomni.policies import Segment
 from flashomni.symbols import SparseSymbols
 
@@ -78,7 +77,7 @@ class FusedFeedForward(InGraph):
         with self.engine.ledger("mlp"):
             activation = "gelu_tanh" if first.approximate == "tanh" else "gelu"
             apply_linear(first.proj, x, inner, rows, row_offset=start, activation=activation)
-            return ops.gemm_q(inner, last.weight, last.bias, rows, row_offset=start, out=out)
+            return linear_tiles(inner, last.weight, last.bias, rows, row_offset=start, out=out)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,67 @@
+"""Dense linear layers as torch does them for the engine on a GPU: here the same calls on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from flashomni.engine.linear import dense_linear, is_torchs, linear_tiles
+
+GELU = {"gelu_tanh": "tanh", "gelu": "none"}
+
+
+def want(x, weight, bias, activation) -> torch.Tensor:
+    y = nn.functional.linear(x.double(), weight.double(), bias.double() if bias is not None else None)
+    return nn.functional.gelu(y, approximate=GELU[activation]) if activation is not None else y
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("joint", [True, False], ids=["rows of a joint buffer", "contiguous"])
+def test_dense_layers_are_linear(activation: str | None, has_bias: bool, joint: bool) -> None:
+    rows, around = slice(5, 42), torch.full((2, 60, 96), 7.0)
+    x = torch.randn(2, 37, 64) * 2  # the two forms of GELU differ by 5e-4 there
+    weight, bias = torch.randn(96, 64) / 4, torch.randn(96)
+    bias = bias if has_bias else None
+    if joint:
+        x = torch.cat([x, x[:, :9]], dim=1)[:, :37]
+    out = around[:, rows] if joint else torch.full((2, 37, 96), float("nan"))
+    assert x.is_contiguous() == out.is_contiguous() == (not joint)
+    dense_linear(x, weight, bias, activation, out)
+    torch.testing.assert_close(out.double(), want(x, weight, bias, activation), atol=5e-5, rtol=0)
+    if joint:
+        around[:, rows] = 7.0
+        assert (around == 7.0).all(), "other rows stay as they were"
+
+
+def test_modes_may_alternate() -> None:
+    x, weight, out = torch.randn(1, 8, 16), torch.randn(4, 16), torch.zeros(1, 8, 4)
+    with torch.inference_mode():
+        dense_linear(x.clone(), weight, None, "gelu", out)
+    first = out.clone()
+    dense_linear(x, weight, None, "gelu", out)
+    assert torch.equal(out, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_gpu_does_dense_layers_by_torch(
+    dtype: torch.dtype, activation: str | None, has_bias: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr("flashomni.ops.gemm_q", None)
+    x = torch.randn(2, 300, 256, device="cuda", dtype=dtype)
+    weight = torch.randn(512, 256, device="cuda", dtype=dtype) / 16
+    bias = torch.randn(512, device="cuda", dtype=dtype) if has_bias else None
+    rows = torch.zeros(2, 400, 512, device="cuda", dtype=dtype)[:, 70:370]
+    for out in (None, rows):
+        found = linear_tiles(x, weight, bias, activation=activation, out=out)
+        torch.testing.assert_close(found.double(), want(x, weight, bias, activation), atol=2e-2, rtol=2e-2)
+
+
+def test_only_a_gpus_dense_layers_are_torchs() -> None:
+    x, weight, out = torch.randn(1, 8, 16), torch.randn(4, 16), torch.zeros(1, 8, 4)
+    assert not is_torchs(x, None) and not is_torchs(x, out)
+    assert linear_tiles(x, weight, None, out=out) is out and out.abs().sum() > 0
