@@ -10,7 +10,8 @@ namespace flashomni::cuda::sm90 {
 inline constexpr int kNoMoreWork = -1;
 
 /// A stage holds 128 rows of one operand and 256 of the other, 64 columns of the reduction: GEMM-Q's tile is
-/// 128 features by 256 tokens, GEMM-O's 128 tokens by 256 features.
+/// 128 features by 256 tokens, GEMM-O's 128 tokens by 256 features. Two blocks of a cluster, where there are two,
+/// take tiles that share an operand: each loads half of it, for both.
 struct GemmSizes {
   static constexpr int kNarrow = 128, kWide = 256, kStepK = 64, kStages = 4, kTileSlots = 4;
   static constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 128 * (1 + kConsumers);
@@ -37,13 +38,16 @@ struct GemmConfig : GemmSizes {
     Tile tile[kTileSlots];
     uint32_t step[kStages];   // GEMM-O: bit i, consumer i takes the stage
     float coefficient[4];     // GEMM-O
+    int claimed[kTileSlots];
     // barrier | full: arrivals, by     | empty: arrivals, by                   | guards
     // tiles   | 32, scheduler lanes    | every lane: loader, storer, consumers | tile
-    // stages  | 1 + bytes, loader      | consumer warps                        | stage, step
+    // stages  | 1 + bytes, loaders     | consumer warps of the cluster         | stage; of this block: step
+    // claims  | 1 + 4 bytes, scheduler | schedulers of the cluster (rank 0's)  | claimed
     // turn[i] | 1, storer: the other consumer's output has left; consumer i waits to fill staging
     // asked   | 1, loader: few steps of its last tile are left; the scheduler waits to claim the next one
     RingBarriers<kTileSlots> tiles;
     RingBarriers<kStages> stages;
+    RingBarriers<kTileSlots> claims;
     uint64_t turn[kConsumers];
     uint64_t asked;
   };

@@ -1,6 +1,7 @@
 // What the consumers of both GEMMs share: the main loop, and taking turns at the staging buffer.
 #pragma once
 
+#include "src/cuda/ptx/cluster.cuh"
 #include "src/cuda/ptx/control.cuh"
 #include "src/cuda/ptx/matrix.cuh"
 #include "src/cuda/ptx/wgmma.cuh"
@@ -16,13 +17,20 @@ struct GemmConsumer {
 
   Shared& shared;
   const int id;
-  const bool leader = ptx_ops::lane_index() == 0;
+  const int rank = ptx_ops::cluster_rank(), lane = ptx_ops::lane_index();
+  const bool releases;   // a lane for every loader of the cluster, as each of them fills this block's stages
+  const uint32_t empty;  // stages.empty of that loader's block
   RingCursor<Config::kTileSlots> tiles;
   RingCursor<Config::kStages> stages;
   uint32_t turn_phase;
 
   // Consumer 0 begins; the first turn of consumer 1 comes with consumer 0's first output.
-  __device__ GemmConsumer(Shared& shared, int id) : shared(shared), id(id), turn_phase(id == 0) {}
+  __device__ GemmConsumer(Shared& shared, int id, int sharers)
+      : shared(shared),
+        id(id),
+        releases(lane < sharers),
+        empty(ptx_ops::address_in(ptx_ops::shared_address(shared.stages.empty), releases ? lane : 0)),
+        turn_phase(id == 0) {}
 
   __device__ const Tile& take_tile() {
     tiles.wait_full(shared.tiles);
@@ -33,7 +41,7 @@ struct GemmConsumer {
     tiles.advance();
   }
   __device__ void release(int slot) {
-    if (leader) ptx_ops::arrive(shared.stages.empty[slot]);
+    if (releases) ptx_ops::arrive_at(empty + slot * sizeof(uint64_t));
   }
 
   /// Adds `steps` products of 64 rows at `a` and kN rows at `b` (bytes into the stage) to d. kPicks: the loader
@@ -67,10 +75,10 @@ struct GemmConsumer {
     stages.wait_full(shared.stages);
     return stages.slot();
   }
-  // Read by the lane that frees the stage.
+  // Read by the lane that frees the stage for this block's loader.
   __device__ bool is_mine(int slot) const {
-    const uint32_t consumers = leader ? shared.step[slot] : 0;
-    return __shfl_sync(ptx_ops::kWholeWarp, consumers, 0) >> id & 1;
+    const uint32_t consumers = lane == rank ? shared.step[slot] : 0;
+    return __shfl_sync(ptx_ops::kWholeWarp, consumers, rank) >> id & 1;
   }
   __device__ void skip(int slot) {
     __syncwarp();

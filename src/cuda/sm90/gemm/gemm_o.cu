@@ -38,14 +38,23 @@ OParameters parameters_of(const TensorView& o, const char* o_name, const TensorV
   p.rows = static_cast<int>(o.size(1)), p.row_offset = static_cast<int>(tiles.row_offset);
   p.row_tiles = ceil_of(int64_t(blocks.count) * tiles.block_q, GemmSizes::kNarrow);
   p.batch = static_cast<int>(o.size(0));
-  p.features = static_cast<int>(weight.size(0)), p.column_tiles = ceil_of(weight.size(0), GemmSizes::kWide);
-  const int64_t count = int64_t(p.row_tiles) * p.batch * orders * p.column_tiles;
+  p.features = static_cast<int>(weight.size(0));
+  const int64_t count = int64_t(p.row_tiles) * p.batch * orders * p.item_columns(1);
   if (count > INT32_MAX / 4)
     throw Error(ErrorKind::kNotImplemented, text("out: expected fewer than 2^29 tiles (cuda_sm90), got ", count));
   return p;
 }
 
-void launch(const OParameters& p, DType dtype, int device, const Context& context) {
+/// What is left over from whole rounds (all clusters busy) is halved where its halves fit one.
+void divide(OParameters& p, int device) {
+  p.sharers = p.features > GemmSizes::kWide ? 2 : 1;
+  const int whole = p.tile_rows() * p.item_columns(p.sharers), clusters = clusters_of(device, p.sharers);
+  const int rest = whole % clusters, halved = 2 * rest <= clusters ? rest : 0;
+  p.kept = whole - halved, p.items = whole + halved;
+}
+
+void launch(OParameters& p, DType dtype, int device, const Context& context) {
+  divide(p, device);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   launch_o_plan(p.next, stream);
   if (dtype == DType::kFloat16)

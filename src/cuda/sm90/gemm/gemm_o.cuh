@@ -17,6 +17,7 @@ struct OTile {
   int steps[2];
   int stores;            // 2: after both stretches; 1: after the last only
   int row, column;       // first token, below 0 where rows lie before the matrix; first output feature
+  int panels;            // of 64 features: 4, or 2 of a halved tile
   int order, batch;
   int block;             // of the joint sequence, of consumer 0's rows
   unsigned char bias[GemmSizes::kWide * 2];
@@ -34,7 +35,9 @@ struct OParameters {
   uint64_t weight_policy;
   int orders, heads, head_dim, past;  // past: columns past the heads
   int block_q, first_block, rows, row_offset;
-  int row_tiles, batch, column_tiles, features;
+  int row_tiles, batch, features;
+  // A cluster's blocks take neighbouring tiles of the same rows: an item. Those past `kept` are halves.
+  int sharers, items, kept;
 
   __device__ bool dispatches() const { return coefficients != nullptr; }
   /// Whether the matrix has any of the 64 rows from `row` on.
@@ -42,6 +45,11 @@ struct OParameters {
   /// Steps that a head takes, and the columns past the heads.
   __device__ int head_steps() const { return (head_dim + GemmSizes::kStepK - 1) / GemmSizes::kStepK; }
   __device__ int past_steps() const { return (past + GemmSizes::kStepK - 1) / GemmSizes::kStepK; }
+  /// Rows of tiles: a Dispatch has one at a place, an Update one of every order.
+  __host__ __device__ int tile_rows() const { return row_tiles * batch * (coefficients != nullptr ? 1 : orders); }
+  __host__ __device__ int item_columns(int tiles) const {
+    return (features + tiles * GemmSizes::kWide - 1) / (tiles * GemmSizes::kWide);
+  }
 };
 
 /// The bits of a tile's two halves of 64 rows, which lie in one row block of 128 or in two of 64.
@@ -73,28 +81,29 @@ struct OScheduler : GemmScheduler<Config> {
   const OParameters& p;
 
   __device__ OScheduler(typename Config::Shared& shared, const OParameters& p)
-      : GemmScheduler<Config>{shared}, p(p) {}
+      : GemmScheduler<Config>{shared, p.sharers}, p(p) {}
 
   __device__ void run() {
-    // A Dispatch has one tile a place, an Update one of every order.
-    const int rows = p.row_tiles * p.batch * (p.dispatches() ? 1 : p.orders), tiles = rows * p.column_tiles;
-    for (int tile = blockIdx.x; tile < tiles; tile = this->claim(p.next)) publish(tile, rows);
+    for (int item = this->first(); item < p.items; item = this->claim(p.next)) publish(item);
     this->published.wait_empty_relaxed(this->shared.tiles);
     this->shared.tile[this->published.slot()].steps[0] = kNoMoreWork;
     this->hand_on();
   }
 
   /// Bands of row tiles, through all features before the next band. Order 0, which takes longest, comes first.
-  __device__ void publish(int index, int rows) {
-    const int lane = ptx_ops::lane_index();
-    const int band = index / (kBand * p.column_tiles), in_band = index % (kBand * p.column_tiles);
-    const int height = min(kBand, rows - band * kBand);
-    const int row = band * kBand + in_band % height, column = in_band / height * Config::kWide;
+  __device__ void publish(int item) {
+    const int lane = ptx_ops::lane_index(), rank = ptx_ops::cluster_rank();
+    const int half = item < p.kept ? -1 : (item - p.kept) % 2, index = half < 0 ? item : p.kept + (item - p.kept) / 2;
+    const int width = half < 0 ? Config::kWide : Config::kWide / 2;
+    const int rows = p.tile_rows(), in_a_band = kBand * p.item_columns(p.sharers);
+    const int band = index / in_a_band, in_band = index % in_a_band, height = min(kBand, rows - band * kBand);
+    const int row = band * kBand + in_band % height;
+    const int column = (in_band / height * Config::kWide + max(half, 0) * width) * p.sharers + rank * width;
     this->published.wait_empty_relaxed(this->shared.tiles);
     OTile& tile = this->shared.tile[this->published.slot()];
     if (lane == 0) {
       const int place = row % (p.row_tiles * p.batch), blocks_a_tile = Config::kNarrow / p.block_q;
-      tile.order = row / (p.row_tiles * p.batch);
+      tile.order = row / (p.row_tiles * p.batch), tile.panels = width / 64;
       tile.batch = place / p.row_tiles, tile.column = column;
       tile.block = p.first_block + place % p.row_tiles * blocks_a_tile;
       tile.row = tile.block * p.block_q - p.row_offset;
@@ -118,6 +127,7 @@ struct OLoader {
   typename Config::Shared& shared;
   const OParameters& p;
   const bool leader = ptx_ops::elect_one();
+  const int rank = ptx_ops::cluster_rank();
   RingCursor<Config::kTileSlots> tiles;
   RingCursor<Config::kStages> stages;
   int left = 0;  // steps of the tile, cached tensors not counted
@@ -157,8 +167,8 @@ struct OLoader {
         uint64_t& full = shared.stages.full[stages.slot()];
         const uint32_t to = ptx_ops::shared_address(shared.stage[stages.slot()]);
         shared.step[stages.slot()] = 1u << consumer;
-        ptx_ops::arrive_expect_bytes(full, Config::kStagingBytes);
-        for (int panel = 0; panel < Config::kWide / 64; ++panel)
+        ptx_ops::arrive_expect_bytes(full, tile.panels * 64 * Config::kRowBytes);
+        for (int panel = 0; panel < tile.panels; ++panel)
           ptx_ops::tma_load(to + panel * 64 * Config::kRowBytes, &p.cached[i].map, full,
                             {tile.column + 64 * panel, tile.row + 64 * consumer, 0, tile.batch}, ptx_ops::kEvictFirst);
       }
@@ -179,7 +189,7 @@ struct OLoader {
   }
 
   /// 64 columns from `at` on, of the rows of the consumers that multiply them, and of the weight. Columns past
-  /// the head come as zeros.
+  /// the head come as zeros. The rows are the whole cluster's: of two blocks each loads one consumer's.
   __device__ void load_step(const CUtensorMap& o, const CUtensorMap& weight, const OTile& tile,
                             ptx_ops::BoxStart at, uint32_t consumers) {
     if (left-- == Config::kStepsAhead) ask();
@@ -188,14 +198,17 @@ struct OLoader {
       uint64_t& full = shared.stages.full[stages.slot()];
       const uint32_t to = ptx_ops::shared_address(shared.stage[stages.slot()]);
       shared.step[stages.slot()] = consumers;
-      ptx_ops::arrive_expect_bytes(full, Config::kWideBytes + __popc(consumers) * 64 * Config::kRowBytes);
+      ptx_ops::arrive_expect_bytes(full, (tile.panels + __popc(consumers)) * 64 * Config::kRowBytes);
 #pragma unroll
-      for (int i = 0; i < Config::kConsumers; ++i)
-        if (consumers >> i & 1)
-          ptx_ops::tma_load(to + i * 64 * Config::kRowBytes, &o, full,
-                            {at.column, tile.row + 64 * i, at.head, tile.batch}, ptx_ops::kEvictNormal);
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < Config::kConsumers; ++i) {
+        const ptx_ops::BoxStart rows{at.column, tile.row + 64 * i, at.head, tile.batch};
+        if (!(consumers >> i & 1)) continue;
+        if (p.sharers == 1)
+          ptx_ops::tma_load(to + i * 64 * Config::kRowBytes, &o, full, rows, ptx_ops::kEvictNormal);
+        else if (i == rank)
+          ptx_ops::tma_load_to(0b11, to + i * 64 * Config::kRowBytes, &o, full, rows, ptx_ops::kEvictNormal);
+      }
+      for (int i = 0; i < tile.panels / 2; ++i)
         ptx_ops::tma_load(to + Config::kNarrowBytes + i * 128 * Config::kRowBytes, &weight, full,
                           {at.column, tile.column + 128 * i, at.head, 0}, p.weight_policy);
     }
@@ -226,8 +239,7 @@ struct OStorer : GemmStorer<Config> {
   __device__ void copy(const OutputMatrix& out, const OTile& tile, int consumer) {
     const int row = tile.row + 64 * consumer;
     if (!p.has_rows(row)) return;
-#pragma unroll
-    for (int panel = 0; panel < Config::kWide / 64; ++panel) {
+    for (int panel = 0; panel < tile.panels; ++panel) {
       const int column = tile.column + 64 * panel;
       if (column < p.features)
         out.store(this->shared.staging + panel * 64 * Config::kRowBytes, 64, {column, row, 0, tile.batch},

@@ -8,32 +8,41 @@ namespace flashomni::cuda::sm90 {
 template <class Config>
 struct OConsumer : GemmConsumer<Config> {
   using Element = typename Config::Element;
-  static constexpr int kCount = Config::kWide / 2;  // sums a thread: of 64 rows and 256 columns
   const OParameters& p;
 
   __device__ OConsumer(typename Config::Shared& shared, const OParameters& p, int id)
-      : GemmConsumer<Config>(shared, id), p(p) {}
+      : GemmConsumer<Config>(shared, id, p.sharers), p(p) {}
 
   __device__ void run() {
-    const uint32_t rows = this->id * 64 * Config::kRowBytes;
     for (;;) {
       const OTile& tile = this->take_tile();
       if (tile.steps[0] == kNoMoreWork) return;
-      float d[kCount];
-      begin(d, tile);
-      if (p.dispatches()) add_cached(d);
-      for (int stretch = 0; stretch < 2; ++stretch) {
-        this->template multiply<Config::kWide, true>(d, tile.steps[stretch], rows, Config::kNarrowBytes);
-        if (stretch + tile.stores >= 2) {
-          this->wait_turn();
-          stage(d);
-          this->end_turn();
-        }
-      }
+      if (tile.panels == Config::kWide / 64)
+        work<Config::kWide>(tile);
+      else
+        work<Config::kWide / 2>(tile);
       this->release_tile();
     }
   }
 
+  /// A thread has kFeatures / 2 sums of its consumer's 64 rows.
+  template <int kFeatures>
+  __device__ void work(const OTile& tile) {
+    const uint32_t rows = this->id * 64 * Config::kRowBytes;
+    float d[kFeatures / 2];
+    begin(d, tile);
+    if (p.dispatches()) add_cached(d);
+    for (int stretch = 0; stretch < 2; ++stretch) {
+      this->template multiply<kFeatures, true>(d, tile.steps[stretch], rows, Config::kNarrowBytes);
+      if (stretch + tile.stores >= 2) {
+        this->wait_turn();
+        stage(d);
+        this->end_turn();
+      }
+    }
+  }
+
+  template <int kCount>
   __device__ void begin(float (&d)[kCount], const OTile& tile) {
     const bool biased = p.bias != nullptr && tile.order == 0;
     const auto* bias = reinterpret_cast<const uint32_t*>(tile.bias) + ptx_ops::lane_index() % 4;
@@ -44,6 +53,7 @@ struct OConsumer : GemmConsumer<Config> {
     }
   }
 
+  template <int kCount>
   __device__ void add_cached(float (&d)[kCount]) {
     for (int i = 0; i < p.orders; ++i) {
       const float coefficient = this->shared.coefficient[i];
@@ -58,6 +68,7 @@ struct OConsumer : GemmConsumer<Config> {
       }
     }
   }
+  template <int kCount>
   __device__ void add(float (&d)[kCount], uint32_t from, float coefficient) {
 #pragma unroll
     for (int j = 0; j < kCount / 8; ++j) {
@@ -71,6 +82,7 @@ struct OConsumer : GemmConsumer<Config> {
     }
   }
 
+  template <int kCount>
   __device__ void stage(const float (&d)[kCount]) {
     const uint32_t to = ptx_ops::shared_address(this->shared.staging);
 #pragma unroll

@@ -12,10 +12,13 @@ QProblem problem_of(const GemmQArguments& a) {
   QProblem p{};
   p.cache = bits_of(a.tiles.cache, a.tiles.cache_indptr);
   p.batch = static_cast<int>(a.x.size(0)), p.heads = static_cast<int>(a.tiles.heads);
-  p.groups = static_cast<int>((head_features + kGroupFeatures - 1) / kGroupFeatures);
+  const int groups = static_cast<int>((head_features + kGroupFeatures - 1) / kGroupFeatures);
+  p.shares_tokens = groups > 1;
+  p.groups = p.shares_tokens ? (groups + kQSharers - 1) / kQSharers : 1;
+  p.item_blocks = (p.shares_tokens ? 256 : kQSharers * 256) / a.tiles.block_q;
   p.first_block = blocks.first, p.blocks = blocks.count;
   p.block_q = a.tiles.block_q, p.row_offset = static_cast<int>(a.tiles.row_offset);
-  p.ctas = multiprocessors(a.x.device.id);
+  p.clusters = clusters_of(a.x.device.id, kQSharers);
   return p;
 }
 
@@ -67,6 +70,7 @@ void gemm_q(const GemmQArguments& a, const Context& context) {
   p.steps = static_cast<int>((a.weight.size(1) + GemmSizes::kStepK - 1) / GemmSizes::kStepK);
   p.heads = problem.heads, p.head_features = static_cast<int>(head_features);
   p.block_q = problem.block_q, p.activation = a.activation;
+  p.sharers = kQSharers, p.shares_tokens = problem.shares_tokens;
   launch_q_plan({problem, items, p.control}, stream);
   if (a.x.dtype == DType::kFloat16)
     launch_gemm<GemmQ<__half>>(p, a.x.device.id, stream);

@@ -15,18 +15,21 @@ namespace flashomni::cuda::sm90 {
 inline constexpr int kNoRow = INT_MIN;
 inline constexpr int kMostBlocks = 4;      // row blocks a tile: 2 of 128 tokens, or 4 of 64
 inline constexpr int kGroupFeatures = 128;  // of a head, a tile
+inline constexpr int kQSharers = 2;         // blocks of a cluster, whose tiles share the tokens or the weight
 
-/// A tile as the plan lists it: 128 features of a head and the active row blocks that it takes.
+/// A cluster's tiles as the plan lists them. Where they share the weight: the same 128 features, each block has row
+/// blocks of its own. Where they share the tokens: neighbouring features, and the row blocks of rank 0.
 struct QItem {
-  int row[kMostBlocks];  // first token of each row block, below 0 where rows lie before the matrix; or kNoRow
-  int batch_head, group;  // batch * heads + head; which 128 features
+  // First token of each row block, below 0 where rows lie before the matrix; or kNoRow.
+  int row[kQSharers][kMostBlocks];
+  int batch_head, group;  // batch * heads + head; which 128 features, or which pair of them
   int unused[2];
 };
 
 /// What the plan leaves for the kernel.
 struct QControl {
-  int tiles;
-  int next;  // tile to claim beyond the first round
+  int items;
+  int next;  // item to claim beyond the first round
 };
 
 struct QTile {
@@ -46,6 +49,8 @@ struct QParameters {
   const void* bias;  // one a feature, or null
   uint64_t weight_policy;
   int steps, heads, head_features, block_q;
+  int sharers;
+  bool shares_tokens;  // not the weight
   Activation activation;
 };
 
@@ -56,29 +61,30 @@ struct QScheduler : GemmScheduler<Config> {
   const QParameters& p;
 
   __device__ QScheduler(typename Config::Shared& shared, const QParameters& p)
-      : GemmScheduler<Config>{shared}, p(p) {}
+      : GemmScheduler<Config>{shared, p.sharers}, p(p) {}
 
   __device__ void run() {
-    const int tiles = p.control->tiles;
-    for (int tile = blockIdx.x; tile < tiles; tile = this->claim(&p.control->next)) publish(tile);
+    const int items = p.control->items;
+    for (int item = this->first(); item < items; item = this->claim(&p.control->next)) publish(p.items[item]);
     this->published.wait_empty_relaxed(this->shared.tiles);
     this->shared.tile[this->published.slot()].steps = kNoMoreWork;
     this->hand_on();
   }
 
-  __device__ void publish(int index) {
-    const int lane = ptx_ops::lane_index();
-    const QItem item = p.items[index];
-    const int column = item.group * kGroupFeatures, head = item.batch_head % p.heads;
+  __device__ void publish(const QItem& item) {
+    const int lane = ptx_ops::lane_index(), rank = ptx_ops::cluster_rank();
+    const int* row = item.row[p.shares_tokens ? 0 : rank];
+    const int group = p.shares_tokens ? item.group * kQSharers + rank : item.group;
+    const int column = group * kGroupFeatures, batch_head = item.batch_head, head = batch_head % p.heads;
     const int feature = head * p.head_features + column, features = p.head_features - column;
     this->published.wait_empty_relaxed(this->shared.tiles);
     QTile& tile = this->shared.tile[this->published.slot()];
     if (lane == 0) {
       int blocks = 0;
 #pragma unroll
-      for (int i = 0; i < kMostBlocks; ++i) blocks += item.row[i] != kNoRow, tile.row[i] = item.row[i];
+      for (int i = 0; i < kMostBlocks; ++i) blocks += row[i] != kNoRow, tile.row[i] = row[i];
       tile.steps = p.steps, tile.blocks = blocks;
-      tile.feature = feature, tile.column = column, tile.head = head, tile.batch = item.batch_head / p.heads;
+      tile.feature = feature, tile.column = column, tile.head = head, tile.batch = batch_head / p.heads;
       tile.wide = blocks * p.block_q > 128, tile.one_panel = features <= 64;
     }
     if (p.bias != nullptr)
@@ -88,12 +94,14 @@ struct QScheduler : GemmScheduler<Config> {
   }
 };
 
-/// Keeps the stages full: 64 columns of the weight's 128 rows and of the tokens of every row block.
+/// Keeps the stages full: 64 columns of the weight's 128 rows and of the tokens of every row block. Of the operand
+/// that the cluster shares, rank i loads panel or row block i, i + 2, for both.
 template <class Config>
 struct QLoader {
   typename Config::Shared& shared;
   const QParameters& p;
   const bool leader = ptx_ops::elect_one();
+  const int rank = ptx_ops::cluster_rank();
   RingCursor<Config::kTileSlots> tiles;
   RingCursor<Config::kStages> stages;
 
@@ -121,11 +129,18 @@ struct QLoader {
     const int panels = tile.one_panel ? 1 : 2;
     ptx_ops::arrive_expect_bytes(full, (panels * 64 + tile.blocks * p.block_q) * Config::kRowBytes);
     for (int i = 0; i < panels; ++i)
-      ptx_ops::tma_load(weight + i * 64 * Config::kRowBytes, &p.weight, full, {column, tile.feature + 64 * i, 0, 0},
-                        p.weight_policy);
+      load(!p.shares_tokens, i, weight + i * 64 * Config::kRowBytes, p.weight, full,
+           {column, tile.feature + 64 * i, 0, 0}, p.weight_policy);
     for (int i = 0; i < tile.blocks; ++i)
-      ptx_ops::tma_load(tokens + i * p.block_q * Config::kRowBytes, &p.x, full,
-                        {column, tile.row[i], 0, tile.batch}, ptx_ops::kEvictNormal);
+      load(p.shares_tokens, i, tokens + i * p.block_q * Config::kRowBytes, p.x, full,
+           {column, tile.row[i], 0, tile.batch}, ptx_ops::kEvictNormal);
+  }
+  __device__ void load(bool shared_by_all, int i, uint32_t to, const CUtensorMap& map, uint64_t& full,
+                       ptx_ops::BoxStart start, uint64_t l2_policy) {
+    if (!shared_by_all)
+      ptx_ops::tma_load(to, &map, full, start, l2_policy);
+    else if (i % kQSharers == rank)
+      ptx_ops::tma_load_to(0b11, to, &map, full, start, l2_policy);
   }
 };
 

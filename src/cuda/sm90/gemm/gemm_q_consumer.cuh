@@ -20,7 +20,7 @@ struct QConsumer : GemmConsumer<Config> {
   const QParameters& p;
 
   __device__ QConsumer(typename Config::Shared& shared, const QParameters& p, int id)
-      : GemmConsumer<Config>(shared, id), p(p) {}
+      : GemmConsumer<Config>(shared, id, p.sharers), p(p) {}
 
   __device__ void run() {
     for (;;) {
@@ -29,12 +29,21 @@ struct QConsumer : GemmConsumer<Config> {
       // Two panels of features: one each. One: both multiply it, each with half of the tokens.
       const uint32_t features = tile.one_panel ? 0 : this->id * 64 * Config::kRowBytes;
       const uint32_t tokens = Config::kNarrowBytes + (tile.one_panel ? this->id * 128 * Config::kRowBytes : 0);
-      if (tile.wide && !tile.one_panel)
+      if (tile.blocks == 0)
+        pass(tile.steps);
+      else if (tile.wide && !tile.one_panel)
         work<256>(tile, features, tokens);
       else
         work<128>(tile, features, tokens);
       this->release_tile();
     }
+  }
+
+  /// A list's end can leave nothing for rank 1: what it shares passes by.
+  __device__ void pass(int steps) {
+    for (int k = 0; k < steps; ++k) this->skip(this->take_stage());
+    this->wait_turn();
+    this->end_turn();
   }
 
   template <int kTokens>

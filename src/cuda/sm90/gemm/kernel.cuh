@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "src/cuda/ptx/cluster.cuh"
 #include "src/cuda/ptx/control.cuh"
 #include "src/cuda/ptx/tma.cuh"
 #include "src/cuda/sm90/gemm/config.cuh"
@@ -21,14 +22,15 @@ __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Config::Shared*>(raw);
   if (threadIdx.x == 0) {
     shared.tiles.init(32, Config::kTileReaders);
-    shared.stages.init(1, Config::kConsumerWarps);
+    shared.stages.init(1, Config::kConsumerWarps * p.sharers);
+    shared.claims.init(1, p.sharers);
     for (uint64_t& turn : shared.turn) ::cuda::ptx::mbarrier_init(&turn, 1);
     ::cuda::ptx::mbarrier_init(&shared.asked, 1);
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
   }
   cudaGridDependencySynchronize();  // the plan's list, and all that came before it
   Roles::prepare(shared, p);
-  __syncthreads();
+  ptx_ops::cluster_sync();
 
   const int warpgroup = __shfl_sync(ptx_ops::kWholeWarp, threadIdx.x / 128, 0);
   if (warpgroup == Config::kConsumers) {
@@ -41,6 +43,12 @@ __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
     ptx_ops::grow_registers<Config::kConsumerRegisters>();
     typename Roles::Consumer(shared, p, warpgroup).run();
   }
+  ptx_ops::cluster_sync();  // a peer may still arrive at this block's barriers
+}
+
+/// Clusters of `sharers` blocks, one block an SM.
+inline int clusters_of(int device, int sharers) {
+  return multiprocessors(device) / sharers;
 }
 
 /// Launches on every SM of `device`, early: the kernel itself waits for the plan before it.
@@ -53,34 +61,52 @@ void launch_gemm(const typename Roles::Parameters& p, int device, cudaStream_t s
                                     Config::kSharedBytes),
                "gemm_kernel's shared memory");
   });
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(p.sharers), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = multiprocessors(device);
+  config.gridDim = clusters_of(device, p.sharers) * p.sharers;
   config.blockDim = Config::kThreads;
   config.dynamicSmemBytes = Config::kSharedBytes;
   config.stream = stream;
-  config.attrs = &early, config.numAttrs = 1;
+  config.attrs = attributes, config.numAttrs = 2;
   check_cuda(cudaLaunchKernelEx(&config, gemm_kernel<Roles>, p), "gemm_kernel");
 }
 
-/// Tells tiles to the other warps. A tile is claimed when the loader asks for it, not sooner: a CTA that held
-/// several would keep them from CTAs that are free.
+/// Tells tiles to the other warps. A tile is claimed when the loader asks for it, not sooner: a cluster that held
+/// several would keep them from clusters that are free. Rank 0 claims for both blocks.
 template <class Config>
 struct GemmScheduler {
   using Shared = typename Config::Shared;
   Shared& shared;
-  RingCursor<Config::kTileSlots> published;
+  const int sharers;
+  RingCursor<Config::kTileSlots> published, claims;
   uint32_t asked_phase = 0;
 
-  /// The next tile, once the loader is about to need it: the first round's have the CTAs' own numbers.
+  __device__ int first() const { return static_cast<int>(blockIdx.x) / sharers; }
+  /// The cluster's next tile, once the loader of rank 0 is about to need it: the first round's have the clusters'
+  /// own numbers.
   __device__ int claim(int* counter) {
-    ptx_ops::wait_parity_relaxed(shared.asked, asked_phase);
-    asked_phase ^= 1;
-    int claimed = 0;
-    if (ptx_ops::lane_index() == 0) claimed = atomicAdd(counter, 1);
-    return gridDim.x + __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
+    const int slot = claims.slot(), rank = ptx_ops::cluster_rank(), lane = ptx_ops::lane_index();
+    if (rank == 0) {
+      ptx_ops::wait_parity_relaxed(shared.asked, asked_phase);
+      asked_phase ^= 1;
+      claims.wait_empty_relaxed(shared.claims);
+      int claimed = 0;
+      if (lane == 0) claimed = static_cast<int>(gridDim.x) / sharers + atomicAdd(counter, 1);
+      claimed = __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
+      if (lane < sharers) ptx_ops::send(shared.claimed[slot], claimed, shared.claims.full[slot], lane);
+    }
+    if (lane == 0) ptx_ops::arrive_expect_bytes(shared.claims.full[slot], sizeof(int));
+    claims.wait_full_in_cluster(shared.claims);
+    const int claimed = shared.claimed[slot];
+    __syncwarp();
+    if (lane == 0)
+      ptx_ops::arrive_at(ptx_ops::address_in(ptx_ops::shared_address(&shared.claims.empty[slot]), 0));
+    claims.advance();
+    return claimed;
   }
   __device__ void hand_on() {
     ptx_ops::arrive(shared.tiles.full[published.slot()]);

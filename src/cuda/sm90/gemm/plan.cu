@@ -1,4 +1,5 @@
-// GEMM-Q's plan. A list a (batch element, head): its active row blocks in order, 256 tokens a tile. Each CTA
+// GEMM-Q's plan. A list a (batch element, head): its active row blocks in order, 256 tokens an item of two tiles
+// that share the tokens, 512 where they share the weight. Each CTA
 // counts every list, so that it knows its own list's place without waiting for the others, and writes that list.
 //
 // The order of tiles: bands of row blocks, of each band the tiles of all lists that begin in it, so that what
@@ -28,10 +29,10 @@ constexpr int kMostSharers = 8;     // CTAs that write one list, of which each t
 /// What a list of active row blocks becomes.
 struct ListTiles {
   int wide, narrow;
-  __device__ ListTiles(int active, int block_q) {
-    const int full = 256 / block_q, rest = active % full;
-    wide = active / full + (rest * block_q > 128);
-    narrow = rest > 0 && rest * block_q <= 128;
+  __device__ ListTiles(int active, int full) {
+    const int rest = active % full;
+    wide = active / full + (2 * rest > full);
+    narrow = rest > 0 && 2 * rest <= full;
   }
 };
 
@@ -95,8 +96,7 @@ __device__ void compact(const QProblem& p, int batch, int head, int* active) {
 }
 
 /// Wide tiles of a list that begin before its `active`-th active row block.
-__device__ int wide_before(const ListTiles& list, int active, int block_q) {
-  const int full = 256 / block_q;
+__device__ int wide_before(const ListTiles& list, int active, int full) {
   return min((active + full - 1) / full, list.wide);
 }
 
@@ -105,8 +105,8 @@ __device__ int place_of(const QProblem& p, const Bands& bands, const int* before
   const int lists = p.batch * p.heads;
   int place = 0;
   for (int i = threadIdx.x % 32; i < lists; i += 32) {
-    const ListTiles tiles(before[bands.count * lists + i], p.block_q);
-    place += wide_before(tiles, before[(i < list ? band + 1 : band) * lists + i], p.block_q);
+    const ListTiles tiles(before[bands.count * lists + i], p.item_blocks);
+    place += wide_before(tiles, before[(i < list ? band + 1 : band) * lists + i], p.item_blocks);
   }
   return __reduce_add_sync(ptx_ops::kWholeWarp, place);
 }
@@ -118,7 +118,7 @@ struct Sums {
 __device__ Sums sum_lists(const QProblem& p, const int* counts, int list) {
   Sums s{};
   for (int i = threadIdx.x % 32; i < p.batch * p.heads; i += 32) {
-    const ListTiles tiles(counts[i], p.block_q);
+    const ListTiles tiles(counts[i], p.item_blocks);
     s.wide += tiles.wide, s.narrow += tiles.narrow;
     if (i < list) s.narrow_before += tiles.narrow;
   }
@@ -126,22 +126,26 @@ __device__ Sums sum_lists(const QProblem& p, const int* counts, int list) {
           __reduce_add_sync(ptx_ops::kWholeWarp, s.narrow_before)};
 }
 
-/// The active row blocks [first, last) of a list.
+/// The active row blocks [first, last) of a list, all for both tiles or a half for each.
 __device__ QItem item_of(const QProblem& p, const int* active, int first, int last, int list, int group) {
+  const int middle = p.shares_tokens ? last : first + (last - first + 1) / 2;
   QItem item;
 #pragma unroll
-  for (int i = 0; i < kMostBlocks; ++i)
-    item.row[i] =
-        first + i < last ? (p.first_block + active[first + i]) * p.block_q - p.row_offset : kNoRow;
+  for (int i = 0; i < kQSharers * kMostBlocks; ++i) {
+    const bool second = i >= kMostBlocks;
+    const int at = (second ? middle : first) + i % kMostBlocks;
+    item.row[second][i % kMostBlocks] =
+        at < (second ? last : middle) ? (p.first_block + active[at]) * p.block_q - p.row_offset : kNoRow;
+  }
   item.batch_head = list, item.group = group;
   return item;
 }
 
-/// Wide tiles to halve: those left over from whole rounds (all SMs busy), where their halves fit one round of
+/// Wide tiles to halve: those left over from whole rounds (all clusters busy), where their halves fit one round of
 /// half the length.
-__device__ int halved_tiles(int wide, int narrow, int ctas) {
-  const int rest = wide % ctas;
-  return 2 * rest + narrow <= ctas ? rest : 0;
+__device__ int halved_tiles(int wide, int narrow, int clusters) {
+  const int rest = wide % clusters;
+  return 2 * rest + narrow <= clusters ? rest : 0;
 }
 
 __global__ void __launch_bounds__(kThreads, 1) q_plan_kernel(const __grid_constant__ QPlanArguments a) {
@@ -155,14 +159,15 @@ __global__ void __launch_bounds__(kThreads, 1) q_plan_kernel(const __grid_consta
   compact(p, list / p.heads, list % p.heads, active);
   const int* counts = before + bands.count * lists;
   const int count = counts[list];
-  const ListTiles mine(count, p.block_q);
+  const int full = p.item_blocks;
+  const ListTiles mine(count, full);
   const Sums all = sum_lists(p, counts, list);
-  const int wide = all.wide * p.groups, narrow = all.narrow * p.groups, full = 256 / p.block_q;
-  const int halved = halved_tiles(wide, narrow, p.ctas), kept = wide - halved;
+  const int wide = all.wide * p.groups, narrow = all.narrow * p.groups;
+  const int halved = halved_tiles(wide, narrow, p.clusters), kept = wide - halved;
 
   for (int band = warp; band < bands.count; band += kWarps) {
-    const int first = wide_before(mine, before[band * lists + list], p.block_q);
-    const int tiles = wide_before(mine, before[(band + 1) * lists + list], p.block_q) - first;
+    const int first = wide_before(mine, before[band * lists + list], full);
+    const int tiles = wide_before(mine, before[(band + 1) * lists + list], full) - first;
     const int place = place_of(p, bands, before, list, band) * p.groups;
     for (int group = blockIdx.y; group < p.groups; group += gridDim.y)
       for (int i = lane; i < tiles; i += 32) {
@@ -192,7 +197,7 @@ __global__ void o_plan_kernel(int* counter) {
 }  // namespace
 
 int64_t most_items(const QProblem& p) {
-  return int64_t(p.batch) * p.heads * p.groups * (p.blocks / (256 / p.block_q) + 1) + p.ctas / 2;
+  return int64_t(p.batch) * p.heads * p.groups * (p.blocks / p.item_blocks + 1) + p.clusters / 2;
 }
 
 void check_plan_serves(const QProblem& p) {
