@@ -32,7 +32,7 @@ class Times(InGraph):
 
 
 TIMES = Times()
-TIMES.enroll()
+TIMES.enroll(torch.device("cpu"))
 
 
 def samples() -> dict[str, tuple]:
@@ -84,7 +84,7 @@ def samples() -> dict[str, tuple]:
         "quantize_fp8": (torch.randn(3, 150), torch.zeros(3, 150, dtype=torch.uint8), torch.zeros(3, 2)),
         "packbits": (bits, True),
         "segment_packbits": (bits, torch.tensor([0, 9, 20], dtype=torch.int32), False),
-        "layer": (TIMES.number, "x,factor=3", [torch.zeros(3, 4)], [torch.randn(3, 4)]),
+        "layer": (TIMES.number, "x,factor=3", [0], [torch.randn(3, 4)]),
     }
 
 

@@ -19,10 +19,12 @@ _FIRST_BYTES = 1 << 16
 _ready: set[int] = set()  # CUDA devices whose backend is loaded
 
 
-def define(schema: str, call: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    schema: str, call: Callable[..., Any], fake: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
+) -> Any:
     """Defines `flashomni::<schema>` as `call`, with `fake` for tracing. Returns the OpOverload."""
     name = schema[: schema.index("(")]
-    _torch_library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    _torch_library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag, *tags))
     _torch_library.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashomni::{name}", fake, lib=_torch_library)
     return getattr(torch.ops.flashomni, name).default

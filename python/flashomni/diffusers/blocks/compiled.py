@@ -19,25 +19,31 @@ from flashomni.ops._dispatch import define
 
 _numbers = itertools.count()
 _owners: weakref.WeakValueDictionary[int, InGraph] = weakref.WeakValueDictionary()
+_addresses: weakref.WeakValueDictionary[int, InGraph] = weakref.WeakValueDictionary()  # of their numbers
 
 
 class InGraph:
     """A callable that takes tensors, tuples of them, integers or None by name, and returns tensors."""
 
-    def enroll(self) -> None:
-        """Gives it a number. Its `engine` must be there."""
+    def enroll(self, device: torch.device) -> None:
+        """Gives it a number. Its `engine` must be there.
+
+        The number lies on the `device` of what it is called with: where an argument of an operator is on the
+        CPU, torch takes its results on the GPU to be badly aligned.
+        """
         number = next(_numbers)
-        _owners[number] = self
-        self.number = torch.tensor(number)
+        self.number = torch.tensor(number, device="cpu" if device.type == "meta" else device)
+        _owners[number] = _addresses[self.number.data_ptr()] = self
 
     def run(self, arguments: dict[str, Any]) -> Any:
         """The call itself, once the graph runs."""
         return self(**arguments)
 
-    def trace(self, arguments: dict[str, Any], like: list[Tensor]) -> list[Tensor]:
-        """While a graph is traced: the operator. like: tensors of the results' shapes."""
-        names, tensors = [], []
+    def trace(self, arguments: dict[str, Any], like: Sequence[str]) -> list[Tensor]:
+        """While a graph is traced: the operator. like: arguments that have the results' shapes."""
+        names, tensors, places = [], [], {}
         for name, value in arguments.items():
+            places[name] = len(tensors)
             if isinstance(value, Tensor):
                 names.append(name)
                 tensors.append(value)
@@ -51,11 +57,12 @@ class InGraph:
                     f"{name}: expected tensors in a compiled block, got {type(value).__name__}; compile the "
                     "model after flashomni.disable()"
                 )
-        return _operator(self.number, ",".join(names), like, tensors)
+        # Each tensor once: what a compiler makes for an operator it makes as often as it is named.
+        return _operator(self.number, ",".join(names), [places[name] for name in like], tensors)
 
 
-def _call(number: Tensor, names: str, like: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    owner = _owners[int(number)]
+def _call(number: Tensor, names: str, like: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+    owner = _owner_of(number)
     arguments, given = {}, iter(tensors)
     for entry in names.split(","):
         if "=" in entry:
@@ -74,6 +81,12 @@ def _call(number: Tensor, names: str, like: Sequence[Tensor], tensors: Sequence[
     return _apart([results] if isinstance(results, Tensor) else list(results))
 
 
+def _owner_of(number: Tensor) -> InGraph:
+    """Known by its address without waiting for the GPU."""
+    known = _addresses.get(number.data_ptr())
+    return known if known is not None else _owners[int(number)]
+
+
 def _apart(results: list[Tensor]) -> list[Tensor]:
     """As an operator may return them: contiguous, none in another's memory."""
     seen, found = set(), []
@@ -86,10 +99,13 @@ def _apart(results: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def _fake(number: Tensor, names: str, like: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(each, memory_format=torch.contiguous_format) for each in like]
+def _fake(number: Tensor, names: str, like: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(tensors[i], memory_format=torch.contiguous_format) for i in like]
 
 
 _operator = define(
-    "layer(Tensor number, str names, Tensor[] like, Tensor[] tensors) -> Tensor[]", _call, _fake
+    "layer(Tensor number, str names, int[] like, Tensor[] tensors) -> Tensor[]",
+    _call,
+    _fake,
+    tags=(torch.Tag.cudagraph_unsafe,),  # a replay by torch would leave out what the engine does on the host
 )

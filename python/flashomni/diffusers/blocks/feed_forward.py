@@ -49,13 +49,13 @@ class FusedFeedForward(InGraph):
     def __init__(self, engine: Engine, module: nn.Module, following: Following | None):
         self.engine, self.module, self.own = engine, module, type(module).forward
         self.following = following
-        self.enroll()
+        self.enroll(next(module.parameters()).device)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             if not self.engine.enabled:
                 return self.own(self.module, hidden_states, *args, **kwargs)
-            (out,) = self.trace({"hidden_states": hidden_states}, [hidden_states])
+            (out,) = self.trace({"hidden_states": hidden_states}, ["hidden_states"])
             return out
         module, engine = self.module, self.engine
         ours = engine.enabled and hidden_states.ndim == 3 and not why_not_fused(module, hidden_states.dtype)

@@ -83,7 +83,7 @@ class FusedProcessor(Processor):
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
         if torch.compiler.is_compiling():
             masks = {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb}
-            (out,) = self.trace({"hidden_states": hidden_states} | masks, [hidden_states])
+            (out,) = self.trace({"hidden_states": hidden_states} | masks, ["hidden_states"])
             return out
         layer, spec, engine, x = self.layer, self.spec, self.engine, hidden_states
         refuse_masks(spec, layer.name, {"attention_mask": attention_mask})

@@ -118,7 +118,7 @@ class JointProcessor(Processor):
             streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
             given = streams | masks | {"image_rotary_emb": image_rotary_emb}
             results = 1 if optional_part(attn, self.spec.text.out) is None else 2
-            of_image, *of_text = self.trace(given, list(streams.values())[:results])
+            of_image, *of_text = self.trace(given, list(streams)[:results])
             return of_image, of_text[0] if of_text else None
         layer, spec = self.layer, self.spec
         refuse_masks(spec, layer.name, masks)

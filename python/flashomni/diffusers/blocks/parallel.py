@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,7 +101,8 @@ class ParallelBlocks(Blocks):
 class ParallelForward(InGraph):
     """forward() of such a block: image and text, each [B, tokens, C].
 
-    Attention and MLP write side by side into one buffer, so that one projection takes both without a copy.
+    Attention and MLP write side by side into one buffer, so that one projection takes both without a copy. In
+    a compiled block these two and the projection are one operator; torch compiles what is around them.
     """
 
     flashomni = True
@@ -111,33 +111,58 @@ class ParallelForward(InGraph):
         self.call, self.engine, self.layer, self.spec = call, call.engine, layer, layer.spec
         self.block, self.own = layer.block, type(layer.block).forward
         named = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = _signature(type(layer.block)).parameters
+        parameters = inspect.signature(self.own).parameters
         self.names = tuple(name for name, p in parameters.items() if p.kind is named)[1:]
-        self.enroll()
+        self.enroll(next(self.block.parameters()).device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            if not self.engine.enabled:
-                return self.own(self.block, *args, **kwargs)
-            return self._traced({**dict(zip(self.names, args, strict=False)), **kwargs})
-        block, spec, engine, layer = self.block, self.spec, self.engine, self.layer
-        attn = layer.attention
-        if not (engine.enabled and type(attn.processor).__name__ == spec.processor):
+        block, spec = self.block, self.spec
+        if not (self.engine.enabled and type(self.layer.attention.processor).__name__ == spec.processor):
             return self.own(block, *args, **kwargs)
-        given = _signature(type(block)).bind(block, *args, **kwargs).arguments
-        options = given.get("joint_attention_kwargs") or {}
-        masks = {"attention_mask": given.get("attention_mask", options.get("attention_mask"))}
-        refuse_masks(spec, layer.name, masks)
-        of_image, of_text = given["hidden_states"], given.get("encoder_hidden_states")
-        if of_text is None:
-            joint, residual = self.call.lay_out_whole(of_image.shape[1]), of_image
-        else:
-            joint = self.call.lay_out(of_text.shape[1], of_image.shape[1])
-            residual = join(of_text, of_image) if joint.text.start == 0 else join(of_image, of_text)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        text, image = "encoder_hidden_states", "hidden_states"
+        alone = given.get(text) is None
+        order = (image,) if alone else (text, image) if self.call.text_first else (image, text)
+        parts = [given[name] for name in order]
+        residual = parts[0] if alone else join(*parts)
         x, gate = spec.modulate(part(block, spec.norm), residual, given)
-        mlp = part(block, spec.mlp)
-        both = engine.buffers.take("o", (*x.shape[:2], part(block, spec.out).in_features), x)
-        self._mlp(mlp, x, both[..., layer.width :])
+        out = self._branches(x, given)
+        out = torch.addcmul(residual, gate.unsqueeze(1) if gate.ndim == 2 else gate, out)
+        if out.dtype == torch.float16:
+            out = out.clip(-65504, 65504)
+        if alone:
+            return out
+        results = dict(zip(order, out.split([each.shape[1] for each in parts], dim=1), strict=True))
+        if torch.compiler.is_compiling():
+            # With the strides of the first block's inputs the next one takes the same graph; torch writes the
+            # sum to where it ends up at once.
+            return tuple(results[name].clone(memory_format=torch.contiguous_format) for name in spec.returns)
+        return tuple(results[name] for name in spec.returns)
+
+    def _branches(self, x: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """out([attention, activation(mlp)]) of x, [B, tokens, C]; of the text only its length matters."""
+        options = given.get("joint_attention_kwargs") or {}
+        arguments = {
+            "x": x,
+            "text": given.get("encoder_hidden_states"),
+            "attention_mask": given.get("attention_mask", options.get("attention_mask")),
+            "rope": given.get("image_rotary_emb"),
+        }
+        if torch.compiler.is_compiling():
+            return self.trace(arguments, ["x"])[0]
+        return self.run(arguments)
+
+    def run(self, arguments: dict[str, Any]) -> Tensor:
+        block, spec, engine, layer, x = self.block, self.spec, self.engine, self.layer, arguments["x"]
+        refuse_masks(spec, layer.name, {"attention_mask": arguments.get("attention_mask")})
+        tokens, text = x.shape[1], arguments.get("text")
+        if text is None:
+            joint = self.call.lay_out_whole(tokens)
+        else:
+            joint = self.call.lay_out(text.shape[1], tokens - text.shape[1])
+        out = part(block, spec.out)
+        both = engine.buffers.take("o", (*x.shape[:2], out.in_features), x)
+        self._mlp(part(block, spec.mlp), x, both[..., layer.width :])
         attention = Attention(
             layer=layer.index,
             heads=layer.heads,
@@ -145,25 +170,12 @@ class ParallelForward(InGraph):
             text=joint.text,
             condition=joint.condition,
             valid=joint.valid,
-            streams=[stream_of(attn, spec.stream, x, 0)],
-            outputs=[Output(part(block, spec.out), 0, joint.tokens)],
+            streams=[stream_of(layer.attention, spec.stream, x, 0)],
+            outputs=[Output(out, 0, joint.tokens)],
             o=both,
-            rope=rope_of(self.call, spec, given.get("image_rotary_emb"), joint),
+            rope=rope_of(self.call, spec, arguments.get("rope"), joint),
         )
-        (out,) = engine.attend(attention)
-        out = torch.addcmul(residual, gate.unsqueeze(1) if gate.ndim == 2 else gate, out)
-        if out.dtype == torch.float16:
-            out = out.clip(-65504, 65504)
-        if of_text is None:
-            return out
-        parts = {"hidden_states": joint.image, "encoder_hidden_states": joint.text}
-        return tuple(out[:, s.start : s.start + s.length] for s in (parts[name] for name in spec.returns))
-
-    def _traced(self, given: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
-        if given.get("encoder_hidden_states") is None:
-            (out,) = self.trace(given, [given["hidden_states"]])
-            return out
-        return tuple(self.trace(given, [given[name] for name in self.spec.returns]))
+        return engine.attend(attention)[0]
 
     def _mlp(self, mlp: nn.Module, x: Tensor, out: Tensor) -> None:
         module = part(self.block, self.spec.activation)
@@ -180,14 +192,11 @@ class ParallelForward(InGraph):
                 out.copy_(module(out))
 
 
-@functools.cache
-def _signature(block: type) -> inspect.Signature:
-    return inspect.signature(block.forward)
-
-
 def join(first: Tensor, second: Tensor) -> Tensor:
     """[first, second] along the tokens; without a copy where they are neighbouring slices of one tensor, as
-    the outputs of the block before are."""
+    the outputs of the block before are. A graph that is traced knows no addresses: there it is a copy."""
+    if torch.compiler.is_compiling():
+        return torch.cat([first, second], dim=1)
     batch, tokens, width = first.shape
     adjacent = (
         first.stride() == second.stride()

@@ -104,7 +104,7 @@ class PlainProcessor(Processor):
         if torch.compiler.is_compiling():
             given = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
             given |= {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb, **named}
-            (out,) = self.trace(given, [hidden_states])
+            (out,) = self.trace(given, ["hidden_states"])
             return out
         layer, spec = self.layer, self.spec
         if encoder_hidden_states is not None:
