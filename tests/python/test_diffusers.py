@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 
 import pytest
@@ -440,3 +441,27 @@ def test_fused_projections_change_nothing():
     pipe.transformer.fuse_qkv_projections()
     flashomni.enable(pipe, config(policy="dense"))
     assert error(draw(pipe, steps=5), want) < ROUNDING
+
+
+def test_blocks_get_contiguous_tokens() -> None:
+    """Where diffusers' own patch embedding gives a transposed view, which residuals keep."""
+    module = importlib.import_module("test_family_hunyuan_video")
+    pipe, strides = module.pipeline(), []
+    for blocks in (pipe.transformer.transformer_blocks, pipe.transformer.single_transformer_blocks):
+        block = blocks[0]
+        block.register_forward_pre_hook(lambda block, args: strides.append(args[0].stride()[1:]))
+
+    def drawn() -> list[tuple]:
+        strides.clear()
+        module.draw(pipe, 1)
+        return list(strides)
+
+    transposed = drawn()
+    assert len(transposed) == 2 and all(token == 1 for token, _ in transposed), "else needed no longer"
+    flashomni.enable(pipe, Config())
+    width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+    assert drawn() == [(width, 1)] * 2
+    with flashomni.disabled(pipe):
+        assert drawn() == transposed
+    flashomni.disable(pipe)
+    assert drawn() == transposed

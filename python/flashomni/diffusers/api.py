@@ -21,6 +21,7 @@ from flashomni.diffusers.explain import Explanation, explanation, row_of
 from flashomni.diffusers.families import Family, family_of
 from flashomni.diffusers.graphs import graph_steps
 from flashomni.diffusers.layers import find_layers
+from flashomni.diffusers.patches import lay_out_tokens
 from flashomni.engine import Engine, RunStats
 from flashomni.engine.stats import sum_by_name, together
 from flashomni.policies import Policy, check_policy, make_policy
@@ -46,6 +47,7 @@ class _Attachment:
         try:
             for layer in layers:
                 self.restore.append(layer.spec.intercept(self.call, layer))
+            self.restore.append(lay_out_tokens(engine, transformer))
             if engine.config.cuda_graphs:
                 self.restore.append(graph_steps(engine, transformer))
             before = transformer.register_forward_pre_hook(self._before, with_kwargs=True)
