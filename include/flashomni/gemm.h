@@ -33,22 +33,23 @@ struct GemmQArguments {
 /// GEMM-O at an Update: cached[i] = (i == 0 ? bias : 0) + sum over cached heads of o[i]_h W_h^T, and
 /// out = cached[0] + sum over active heads of o[0]_h W_h^T + the columns past the heads: for D = 0 exactly
 /// one dense GEMM's work. o[0] [B, M, K] with K >= heads * head_dim: columns past the heads (a single block's
-/// MLP) are always active. o[i >= 1] [B, M, >= heads * head_dim]: the derivatives of o. weight [N, K]; bias
+/// MLP) are always active. They may be a tensor of their own, `past` [B, M, columns past the heads], where
+/// o[0] has the heads alone. o[i >= 1] [B, M, >= heads * head_dim]: the derivatives of o. weight [N, K]; bias
 /// [N] or absent; out and cached[i] [B, M, N].
 struct GemmOUpdateArguments {
   int32_t orders = 1;  ///< D + 1: how many of o and cached are used
   std::array<TensorView, kMaxOrder + 1> o, cached;
-  TensorView weight, bias, out;
+  TensorView past, weight, bias, out;
   int64_t head_dim = 0;  ///< a multiple of 8
   TileSymbols tiles;
 };
 
 /// GEMM-O at a Dispatch: out = sum_i coefficients[i] cached[i] + sum over active heads of o_h W_h^T + the
-/// columns past the heads. The bias is inside cached[0]. coefficients float32 [orders], on the tensors'
-/// device.
+/// columns past the heads (`past` as in the Update). The bias is inside cached[0]. coefficients float32
+/// [orders], on the tensors' device.
 struct GemmODispatchArguments {
   int32_t orders = 1;
-  TensorView o, weight, coefficients, out;
+  TensorView o, past, weight, coefficients, out;
   std::array<TensorView, kMaxOrder + 1> cached;
   int64_t head_dim = 0;  ///< a multiple of 8
   TileSymbols tiles;

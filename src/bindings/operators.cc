@@ -67,11 +67,11 @@ int64_t gemm_q(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor cach
   });
 }
 
-int64_t gemm_o_update(Tensor o, OptionalTensor o1, OptionalTensor o2, OptionalTensor o3, Tensor weight,
-                      OptionalTensor bias, OptionalTensor cache, OptionalTensor cache_indptr, Tensor out,
-                      Tensor cached, OptionalTensor cached1, OptionalTensor cached2, OptionalTensor cached3,
-                      int64_t head_dim, int64_t heads, int64_t tokens, int64_t row_offset, int64_t block_q,
-                      OptionalTensor workspace, int64_t threads) {
+int64_t gemm_o_update(Tensor o, OptionalTensor o1, OptionalTensor o2, OptionalTensor o3, OptionalTensor past,
+                      Tensor weight, OptionalTensor bias, OptionalTensor cache, OptionalTensor cache_indptr,
+                      Tensor out, Tensor cached, OptionalTensor cached1, OptionalTensor cached2,
+                      OptionalTensor cached3, int64_t head_dim, int64_t heads, int64_t tokens,
+                      int64_t row_offset, int64_t block_q, OptionalTensor workspace, int64_t threads) {
   return guarded([&] {
     GemmOUpdateArguments arguments;
     arguments.orders = view_all({o, o1, o2, o3}, "o and its derivatives", &arguments.o);
@@ -80,6 +80,7 @@ int64_t gemm_o_update(Tensor o, OptionalTensor o1, OptionalTensor o2, OptionalTe
       fail(ErrorKind::kValue, "cached", text(arguments.orders, " tensors, one more than derivatives"),
            text(caches));
     }
+    arguments.past = view(past, "past");
     arguments.weight = view(weight, "weight");
     arguments.bias = view(bias, "bias");
     arguments.out = view(out, "out");
@@ -90,7 +91,7 @@ int64_t gemm_o_update(Tensor o, OptionalTensor o1, OptionalTensor o2, OptionalTe
   });
 }
 
-int64_t gemm_o_dispatch(Tensor o, Tensor weight, Tensor cached, OptionalTensor cached1,
+int64_t gemm_o_dispatch(Tensor o, OptionalTensor past, Tensor weight, Tensor cached, OptionalTensor cached1,
                         OptionalTensor cached2, OptionalTensor cached3, Tensor coefficients,
                         OptionalTensor cache, OptionalTensor cache_indptr, Tensor out, int64_t head_dim,
                         int64_t heads, int64_t tokens, int64_t row_offset, int64_t block_q,
@@ -98,6 +99,7 @@ int64_t gemm_o_dispatch(Tensor o, Tensor weight, Tensor cached, OptionalTensor c
   return guarded([&] {
     GemmODispatchArguments arguments;
     arguments.o = view(o, "o");
+    arguments.past = view(past, "past");
     arguments.weight = view(weight, "weight");
     arguments.orders = view_all({cached, cached1, cached2, cached3}, "cached", &arguments.cached);
     arguments.coefficients = view(coefficients, "coefficients");

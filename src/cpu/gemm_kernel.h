@@ -278,6 +278,15 @@ inline void add_heads(TileSum<T>& sum, const TileBits& bits, int64_t batch, int6
   }
 }
 
+/// Adds the columns past the heads: those of `past`, where there is one.
+template <class T>
+inline void add_past(TileSum<T>& sum, const TensorView& o, const TensorView& past, int64_t batch, int64_t row,
+                     int64_t first, int64_t end) {
+  const TensorView& from = past.present() ? past : o;
+  const T* a = row_of<const T>(from, batch, row, 0) - (past.present() ? first : 0);
+  sum.add(a, from.strides[1], first, end);
+}
+
 template <class T>
 inline void gemm_o_update_as(const GemmOUpdateArguments& a, void* workspace, int threads) {
   const ColumnGroups groups(a.weight.shape[0], 1);
@@ -298,7 +307,7 @@ inline void gemm_o_update_as(const GemmOUpdateArguments& a, void* workspace, int
           }
           if (i > 0) continue;
           add_heads(sum, bits, b, block, true, o, a.o[0].strides[1], a.head_dim);
-          sum.add(o, a.o[0].strides[1], a.tiles.heads * a.head_dim, a.weight.shape[1]);
+          add_past(sum, a.o[0], a.past, b, begin, a.tiles.heads * a.head_dim, a.weight.shape[1]);
           for (int64_t r = 0; r < rows; ++r) {
             from_floats(sum.row(r), row_of<T>(a.out, b, begin + r, first), width);
           }
@@ -321,7 +330,7 @@ inline void gemm_o_dispatch_as(const GemmODispatchArguments& a, void* workspace,
         TileSum<T> sum(scratch, weight, group, width, rows);
         const T* o = row_of<const T>(a.o, b, begin, 0);
         add_heads(sum, bits, b, block, true, o, a.o.strides[1], a.head_dim);
-        sum.add(o, a.o.strides[1], a.tiles.heads * a.head_dim, a.weight.shape[1]);
+        add_past(sum, a.o, a.past, b, begin, a.tiles.heads * a.head_dim, a.weight.shape[1]);
         for (int64_t r = 0; r < rows; ++r) {
           float* row = sum.row(r);
           for (int32_t i = 0; i < a.orders; ++i) {

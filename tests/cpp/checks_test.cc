@@ -363,6 +363,10 @@ TEST_F(GemmChecks, OutputUpdate) {
       {"cached[1]", V, [](A& v) { v.cached[1] = v.cached[0]; }},
       {"cached[0]", V, [](A& v) { v.cached[0].data = v.o[1].data; }},
       {"cached[0]", V, [](A& v) { v.cached[0].strides[1] = 0; }},
+      {"past", T, [this](A& v) { v.past = x, v.past.dtype = DType::kFloat16; }},
+      {"past", V, [this](A& v) { v.past = x, v.past.shape[1] = 199; }},
+      {"weight", V, [this](A& v) { v.past = x; }},
+      {"o[0]", V, [this](A& v) { v.past = x, v.past.shape[2] = 0; }},
   };
   faults.insert(faults.end(), more.begin(), more.end());
   expect_faults<A>(a, faults, runner(gemm_o_update_workspace, gemm_o_update));

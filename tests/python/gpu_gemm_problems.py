@@ -29,7 +29,15 @@ class Problem:
     heads: int
     head_dim: int  # of the reduction, for GEMM-O
     strided: bool = False
+    apart: bool = False  # GEMM-O: the columns past the heads are a tensor of their own
     derivatives: list[Tensor] = field(default_factory=list)
+
+    def heads_and_past(self) -> tuple[Tensor, Tensor | None]:
+        """`o` and `past` of GEMM-O."""
+        if not self.apart:
+            return self.x, None
+        width = self.heads * self.head_dim
+        return self.x[..., :width], self.x[..., width:].contiguous()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,6 +88,7 @@ def make_problem(
     symbols: bool = True,
     clustered: bool = False,
     strided: bool = False,
+    apart: bool = False,
     order: int = 0,
 ) -> Problem:
     """for_q: outputs are heads * head_dim, and `width` is the reduction's length; else the reduction goes
@@ -113,6 +122,7 @@ def make_problem(
         heads=heads,
         head_dim=head_dim,
         strided=strided,
+        apart=apart and past > 0 and symbols,
         derivatives=[_normal((batch, rows, derivative), dtype, strided) for _ in range(order)],
     )
 
@@ -144,6 +154,7 @@ def random_problem(seed: int, for_q: bool) -> Problem:
         symbols=rng.random() < 0.9,
         clustered=rng.random() < 0.4,
         strided=rng.random() < 0.5,
+        apart=rng.random() < 0.5,
         order=rng.choice([0, 0, 1, 2, 3]),
     )
 
@@ -195,8 +206,10 @@ def check_q(p: Problem, activation: str | None, out: Tensor) -> None:
 
 
 def run_update(p: Problem, out: Tensor, cached: list[Tensor]) -> None:
+    o, past = p.heads_and_past()
     gemm_o_update(
-        *(p.x, p.weight, p.bias, p.symbols),
+        *(o, p.weight, p.bias, p.symbols),
+        past=past,
         head_dim=p.head_dim,
         row_offset=p.row_offset,
         derivatives=p.derivatives,
@@ -220,8 +233,10 @@ def hide_cached(p: Problem) -> None:
 
 
 def run_dispatch(p: Problem, cached: list[Tensor], coefficients: Tensor, out: Tensor) -> None:
+    o, past = p.heads_and_past()
     gemm_o_dispatch(
-        *(p.x, p.weight, cached, coefficients, p.symbols),
+        *(o, p.weight, cached, coefficients, p.symbols),
+        past=past,
         head_dim=p.head_dim,
         row_offset=p.row_offset,
         out=out,

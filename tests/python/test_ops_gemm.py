@@ -122,11 +122,12 @@ orders = st.integers(0, 3)
     geometry=geometries,
     head_dim=st.sampled_from([8, 64, 80]),
     past=st.integers(0, 70),
+    apart=st.booleans(),
     order=orders,
     bias=st.booleans(),
 )
-def test_gemm_o(geometry, head_dim, past, order, bias) -> None:
-    """An Update, then a Dispatch from what it cached."""
+def test_gemm_o(geometry, head_dim, past, apart, order, bias) -> None:
+    """An Update, then a Dispatch from what it cached; the columns past the heads in `o` or in `past`."""
     width = geometry["heads"] * head_dim
     case = Matrix(**geometry, width=width + past, outputs=60, rest=3)
     bias = case.bias if bias else None
@@ -134,7 +135,8 @@ def test_gemm_o(geometry, head_dim, past, order, bias) -> None:
     out = poison(*case.shape, dtype=case.dtype)
     cached = [poison(*case.shape, dtype=case.dtype) for _ in range(order + 1)]
     got = gemm_o_update(
-        *(case.x, case.weight, bias, case.symbols),
+        *(case.x[..., :width] if apart else case.x, case.weight, bias, case.symbols),
+        past=case.x[..., width:].contiguous() if apart else None,
         head_dim=head_dim,
         row_offset=case.offset,
         derivatives=derivatives,
@@ -158,7 +160,8 @@ def test_gemm_o(geometry, head_dim, past, order, bias) -> None:
     out = poison(*case.shape, dtype=case.dtype)
     assert (
         gemm_o_dispatch(
-            *(o, case.weight, cached, factors, case.symbols),
+            *(o[..., :width] if apart else o, case.weight, cached, factors, case.symbols),
+            past=o[..., width:].contiguous() if apart else None,
             head_dim=head_dim,
             row_offset=case.offset,
             out=out,

@@ -62,11 +62,12 @@ def samples() -> dict[str, tuple]:
             2,
         ),
         "gemm_o_update": (
-            *([o, torch.randn(*rows, HEADS * DIM)], o_weight, torch.randn(50), s.cache, None),
+            *([o, torch.randn(*rows, HEADS * DIM)], None, o_weight, torch.randn(50), s.cache, None),
             *(torch.zeros(*rows, 50), [torch.zeros(*rows, 50) for _ in range(2)], DIM, *tiles),
         ),
         "gemm_o_dispatch": (
-            *(o, o_weight, [torch.randn(*rows, 50) for _ in range(2)], torch.ones(2), s.cache, None),
+            *(o[..., : HEADS * DIM], o[..., HEADS * DIM :], o_weight),
+            *([torch.randn(*rows, 50) for _ in range(2)], torch.ones(2), s.cache, None),
             *(torch.zeros(*rows, 50), DIM, *tiles),
         ),
         "block_mean": (q, torch.zeros(1, 5, HEADS, DIM), torch.zeros(1, 5, HEADS), 64),

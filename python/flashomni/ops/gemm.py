@@ -31,6 +31,7 @@ def _call_q(x: Tensor, *arguments: object) -> None:
 
 def _call_update(
     o: Sequence[Tensor],
+    past: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     cache: Tensor | None,
@@ -41,11 +42,12 @@ def _call_update(
 ) -> None:
     o = (*o, *(None,) * (_ORDERS - len(o)))
     cached = (*cached, *(None,) * (_ORDERS - len(cached)))
-    invoke("gemm_o_update", out, *o, weight, bias, cache, cache_indptr, out, *cached, *numbers)
+    invoke("gemm_o_update", out, *o, past, weight, bias, cache, cache_indptr, out, *cached, *numbers)
 
 
 def _call_dispatch(
     o: Tensor,
+    past: Tensor | None,
     weight: Tensor,
     cached: Sequence[Tensor],
     coefficients: Tensor,
@@ -55,7 +57,7 @@ def _call_dispatch(
     *numbers: int,
 ) -> None:
     cached = (*cached, *(None,) * (_ORDERS - len(cached)))
-    invoke("gemm_o_dispatch", o, o, weight, *cached, coefficients, cache, cache_indptr, out, *numbers)
+    invoke("gemm_o_dispatch", o, o, past, weight, *cached, coefficients, cache, cache_indptr, out, *numbers)
 
 
 _q_operator = define(
@@ -65,16 +67,16 @@ _q_operator = define(
     no_result,
 )
 _update_operator = define(
-    "gemm_o_update(Tensor[] o, Tensor weight, Tensor? bias, Tensor? cache, Tensor? cache_indptr, "
-    "Tensor(a!) out, Tensor(b!)[] cached, int head_dim, int heads, int tokens, int row_offset, "
-    "int block_q) -> ()",
+    "gemm_o_update(Tensor[] o, Tensor? past, Tensor weight, Tensor? bias, Tensor? cache, "
+    "Tensor? cache_indptr, Tensor(a!) out, Tensor(b!)[] cached, int head_dim, int heads, "
+    "int tokens, int row_offset, int block_q) -> ()",
     _call_update,
     no_result,
 )
 _dispatch_operator = define(
-    "gemm_o_dispatch(Tensor o, Tensor weight, Tensor[] cached, Tensor coefficients, Tensor? cache, "
-    "Tensor? cache_indptr, Tensor(a!) out, int head_dim, int heads, int tokens, int row_offset, "
-    "int block_q) -> ()",
+    "gemm_o_dispatch(Tensor o, Tensor? past, Tensor weight, Tensor[] cached, Tensor coefficients, "
+    "Tensor? cache, Tensor? cache_indptr, Tensor(a!) out, int head_dim, int heads, "
+    "int tokens, int row_offset, int block_q) -> ()",
     _call_dispatch,
     no_result,
 )
@@ -128,6 +130,7 @@ def gemm_o_update(
     head_dim: int,
     row_offset: int = 0,
     derivatives: Sequence[Tensor] = (),
+    past: Tensor | None = None,
     out: Tensor | None = None,
     cached: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -136,8 +139,8 @@ def gemm_o_update(
     cached[i] = (bias if i == 0) + sum over cached heads of (i-th derivative of o)_h W_h^T
     out = cached[0] + sum over active heads of o_h W_h^T + the columns past the heads
 
-    o: [B, M, K], K >= heads * head_dim; further columns (a single block's MLP) are always active. weight: [N,
-        K];
+    o: [B, M, K], K >= heads * head_dim; further columns (a single block's MLP) are always active. past: those
+        columns in a tensor of their own, [B, M, K'], where o has the heads alone. weight: [N, K + K'];
         bias: [N]. derivatives: the differences of order 1..D of o, D <= 3, [B, M, >= heads * head_dim] each.
     symbols: their cache bits; rows as in gemm_q. out, cached: [B, M, N], D + 1 of the latter.
 
@@ -154,20 +157,23 @@ def gemm_o_update(
         "o",
         "weight",
         "bias",
+        "past",
         *_TILE_NAMES,
         *("derivatives",) * len(derivatives),
         *("cached",) * len(given),
     )
-    direct = is_direct(names, (o, weight, bias, cache, cache_indptr, out, *derivatives, *given), 2)
+    direct = is_direct(names, (o, weight, bias, past, cache, cache_indptr, out, *derivatives, *given), 2)
     expect_dims("o", o, "B, M, K")
     expect_dims("weight", weight, "N, K")
+    if past is not None:
+        expect_dims("past", past, "B, M, K'")
     geometry = _geometry(symbols, o, _heads_of(symbols, o, head_dim), row_offset)
     shape = (o.shape[0], o.shape[1], weight.shape[0])
     if out is None:
         out = new_output(shape, o, None)
     result = list(given) if given else [new_output(shape, o, None) for _ in range(len(derivatives) + 1)]
     (_call_update if direct else _update_operator)(
-        [o, *derivatives], weight, bias, cache, cache_indptr, out, result, head_dim, *geometry
+        [o, *derivatives], past, weight, bias, cache, cache_indptr, out, result, head_dim, *geometry
     )
     return out, result
 
@@ -181,13 +187,15 @@ def gemm_o_dispatch(
     *,
     head_dim: int,
     row_offset: int = 0,
+    past: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """GEMM-O at a Dispatch.
 
     out = sum_i coefficients[i] cached[i] + sum over active heads of o_h W_h^T + the columns past the heads
 
-    o, weight, symbols: as in gemm_o_update; the bias is inside cached[0]. o's cached tiles are not read.
+    o, past, weight, symbols: as in gemm_o_update; the bias is inside cached[0], o's cached tiles are not
+    read.
     cached: D + 1 tensors [B, M, N] from gemm_o_update; coefficients: float32 [D + 1] on the tensors' device
     (flashomni.schedule.coefficients). out: [B, M, N].
 
@@ -197,15 +205,17 @@ def gemm_o_dispatch(
     cached = tuple(cached) if not isinstance(cached, Tensor) else cached
     orders("cached", cached, 1, _ORDERS)
     cache, cache_indptr = tile_arguments(symbols)
-    names = ("o", "weight", "coefficients", *_TILE_NAMES, *("cached",) * len(cached))
-    direct = is_direct(names, (o, weight, coefficients, cache, cache_indptr, out, *cached), 3)
+    names = ("o", "weight", "coefficients", "past", *_TILE_NAMES, *("cached",) * len(cached))
+    direct = is_direct(names, (o, weight, coefficients, past, cache, cache_indptr, out, *cached), 3)
     expect_dims("o", o, "B, M, K")
     expect_dims("weight", weight, "N, K")
+    if past is not None:
+        expect_dims("past", past, "B, M, K'")
     geometry = _geometry(symbols, o, _heads_of(symbols, o, head_dim), row_offset)
     if out is None:
         out = new_output((o.shape[0], o.shape[1], weight.shape[0]), o, None)
     (_call_dispatch if direct else _dispatch_operator)(
-        o, weight, list(cached), coefficients, cache, cache_indptr, out, head_dim, *geometry
+        o, past, weight, list(cached), coefficients, cache, cache_indptr, out, head_dim, *geometry
     )
     return out
 

@@ -23,8 +23,8 @@ __device__ inline uint32_t address_in(uint32_t address, int rank) {
   return remote;
 }
 
-/// At a barrier of any block, by its address in the cluster. It says that slots have been read: a release to the
-/// whole cluster would be a fence of all memory (MEMBAR.ALL.GPU) at every step.
+/// At a barrier of any block, by its address in the cluster. It says that slots have been read: a release to
+/// the whole cluster would be a fence of all memory (MEMBAR.ALL.GPU) at every step.
 __device__ inline void arrive_at(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -40,16 +40,18 @@ __device__ inline void send(int& to, int value, uint64_t& barrier, int rank) {
 /// A wait for what a peer sent.
 __device__ inline void wait_parity_in_cluster(uint64_t& barrier, uint32_t parity) {
   constexpr uint32_t suspend_ns = 1'000'000;
-  while (!::cuda::ptx::mbarrier_try_wait_parity(::cuda::ptx::sem_acquire, ::cuda::ptx::scope_cluster, &barrier, parity,
-                                                suspend_ns))
+  while (!::cuda::ptx::mbarrier_try_wait_parity(::cuda::ptx::sem_acquire, ::cuda::ptx::scope_cluster,
+                                                &barrier, parity, suspend_ns))
     __nanosleep(500);
 }
 
-/// tma_load into the same place of every block of `blocks` (a bit a rank); the bytes count at each one's barrier.
+/// tma_load into the same place of every block of `blocks` (a bit a rank); the bytes count at each one's
+/// barrier.
 __device__ inline void tma_load_to(uint16_t blocks, uint32_t destination, const void* map, uint64_t& barrier,
                                    BoxStart start, uint64_t l2_policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::"
+      "cache_hint"
       " [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(destination),
       "l"(map), "r"(shared_address(&barrier)), "r"(start.column), "r"(start.row), "r"(start.head),
       "r"(start.batch), "h"(blocks), "l"(l2_policy)

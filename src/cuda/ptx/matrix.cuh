@@ -49,9 +49,10 @@ __device__ inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uin
 }
 
 /// The same, each matrix transposed: what lies in a fragment's column is written as a row.
-__device__ inline void stmatrix_x4_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
-               "r"(b), "r"(c), "r"(d)
+__device__ inline void stmatrix_x4_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                              uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
 

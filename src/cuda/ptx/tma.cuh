@@ -25,15 +25,16 @@ __device__ inline void tma_load(uint32_t destination, const void* map, uint64_t&
 }
 
 __device__ inline void tma_store(const void* map, uint32_t source, BoxStart start) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
-               "r"(source), "r"(start.column), "r"(start.row), "r"(start.head), "r"(start.batch)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+      "r"(source), "r"(start.column), "r"(start.row), "r"(start.head), "r"(start.batch)
+      : "memory");
 }
 
 __device__ inline void tma_store(const void* map, uint32_t source, BoxStart start, uint64_t l2_policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(
-          map),
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], "
+      "%6;" ::"l"(map),
       "r"(source), "r"(start.column), "r"(start.row), "r"(start.head), "r"(start.batch), "l"(l2_policy)
       : "memory");
 }

@@ -36,7 +36,8 @@ __device__ inline void pin(uint32_t (&registers)[kRows][kColumns]) {
 /// A copy that ptxas can neither drop nor merge: merged, it would write registers that a product in flight
 /// still reads, and ptxas would serialise every wgmma of the kernel (C7513).
 template <int kRows, int kColumns>
-__device__ inline void move_registers(uint32_t (&to)[kRows][kColumns], const uint32_t (&from)[kRows][kColumns]) {
+__device__ inline void move_registers(uint32_t (&to)[kRows][kColumns],
+                                      const uint32_t (&from)[kRows][kColumns]) {
   uint32_t identity;
   asm volatile("mov.b32 %0, 0x3210;" : "=r"(identity));
 #pragma unroll

@@ -30,7 +30,9 @@ class RingCursor {
   }
   __device__ int slot() const { return at_ >= kSlots ? at_ - kSlots : at_; }
   __device__ void advance() { at_ = at_ == 2 * kSlots - 1 ? 0 : at_ + 1; }
-  __device__ void wait_full(RingBarriers<kSlots>& ring) const { ptx_ops::wait_parity(ring.full[slot()], phase()); }
+  __device__ void wait_full(RingBarriers<kSlots>& ring) const {
+    ptx_ops::wait_parity(ring.full[slot()], phase());
+  }
   __device__ void wait_full_in_cluster(RingBarriers<kSlots>& ring) const {
     ptx_ops::wait_parity_in_cluster(ring.full[slot()], phase());
   }

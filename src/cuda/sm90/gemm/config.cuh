@@ -10,8 +10,8 @@ namespace flashomni::cuda::sm90 {
 inline constexpr int kNoMoreWork = -1;
 
 /// A stage holds 128 rows of one operand and 256 of the other, 64 columns of the reduction: GEMM-Q's tile is
-/// 128 features by 256 tokens, GEMM-O's 128 tokens by 256 features. Two blocks of a cluster, where there are two,
-/// take tiles that share an operand: each loads half of it, for both.
+/// 128 features by 256 tokens, GEMM-O's 128 tokens by 256 features. Two blocks of a cluster, where there are
+/// two, take tiles that share an operand: each loads half of it, for both.
 struct GemmSizes {
   static constexpr int kNarrow = 128, kWide = 256, kStepK = 64, kStages = 4, kTileSlots = 4;
   static constexpr int kConsumers = 2, kConsumerWarps = 4 * kConsumers, kThreads = 128 * (1 + kConsumers);
@@ -36,8 +36,8 @@ struct GemmConfig : GemmSizes {
     unsigned char stage[kStages][kStageBytes];
     unsigned char staging[kStagingBytes];
     Tile tile[kTileSlots];
-    uint32_t step[kStages];   // GEMM-O: bit i, consumer i takes the stage
-    float coefficient[4];     // GEMM-O
+    uint32_t step[kStages];  // GEMM-O: bit i, consumer i takes the stage
+    float coefficient[4];    // GEMM-O
     int claimed[kTileSlots];
     // barrier | full: arrivals, by     | empty: arrivals, by                   | guards
     // tiles   | 32, scheduler lanes    | every lane: loader, storer, consumers | tile

@@ -44,8 +44,8 @@ struct GemmConsumer {
     if (releases) ptx_ops::arrive_at(empty + slot * sizeof(uint64_t));
   }
 
-  /// Adds `steps` products of 64 rows at `a` and kN rows at `b` (bytes into the stage) to d. kPicks: the loader
-  /// says which steps are this consumer's.
+  /// Adds `steps` products of 64 rows at `a` and kN rows at `b` (bytes into the stage) to d. kPicks: the
+  /// loader says which steps are this consumer's.
   template <int kN, bool kPicks>
   __device__ void multiply(float (&d)[kN / 2], int steps, uint32_t a, uint32_t b) {
     for (int k = 0; k < steps;) {

@@ -14,8 +14,9 @@ int ceil_of(int64_t value, int64_t unit) {
 }
 
 /// What Update and Dispatch share.
-OParameters parameters_of(const TensorView& o, const char* o_name, const TensorView& weight, const TensorView& out,
-                          int orders, int64_t head_dim, const TileSymbols& tiles, const Context& context) {
+OParameters parameters_of(const TensorView& o, const char* o_name, const TensorView& past,
+                          const TensorView& weight, const TensorView& out, int orders, int64_t head_dim,
+                          const TileSymbols& tiles, const Context& context) {
   check_sizes(o, o_name);
   check_sizes(weight, "weight");
   check_size(tiles.row_offset, "row_offset");
@@ -26,7 +27,7 @@ OParameters parameters_of(const TensorView& o, const char* o_name, const TensorV
   p.weight = matrix_map(weight, 0, tiles.heads, head_dim, 128, "weight");
   p.past = static_cast<int>(weight.size(1) - columns);
   if (p.past > 0) {
-    p.o_past = matrix_map(o, columns, 1, p.past, 64, o_name);
+    p.o_past = past.present() ? matrix_map(past, 64, "past") : matrix_map(o, columns, 1, p.past, 64, o_name);
     p.weight_past = matrix_map(weight, columns, 1, p.past, 128, "weight");
   }
   p.out = output_of(out, 1, 64, "out");
@@ -41,7 +42,8 @@ OParameters parameters_of(const TensorView& o, const char* o_name, const TensorV
   p.features = static_cast<int>(weight.size(0));
   const int64_t count = int64_t(p.row_tiles) * p.batch * orders * p.item_columns(1);
   if (count > INT32_MAX / 4)
-    throw Error(ErrorKind::kNotImplemented, text("out: expected fewer than 2^29 tiles (cuda_sm90), got ", count));
+    throw Error(ErrorKind::kNotImplemented,
+                text("out: expected fewer than 2^29 tiles (cuda_sm90), got ", count));
   return p;
 }
 
@@ -73,7 +75,8 @@ size_t gemm_o_dispatch_workspace(const GemmODispatchArguments&, const Context&) 
 }
 
 void gemm_o_update(const GemmOUpdateArguments& a, const Context& context) {
-  OParameters p = parameters_of(a.o[0], kO[0], a.weight, a.out, a.orders, a.head_dim, a.tiles, context);
+  OParameters p =
+      parameters_of(a.o[0], kO[0], a.past, a.weight, a.out, a.orders, a.head_dim, a.tiles, context);
   for (int i = 1; i < a.orders; ++i) p.o[i] = matrix_map(a.o[i], 0, a.tiles.heads, a.head_dim, 64, kO[i]);
   for (int i = 0; i < a.orders; ++i) p.cached[i] = output_of(a.cached[i], 1, 64, kCached[i]);
   p.bias = a.bias.present() ? a.bias.data : nullptr;
@@ -81,7 +84,7 @@ void gemm_o_update(const GemmOUpdateArguments& a, const Context& context) {
 }
 
 void gemm_o_dispatch(const GemmODispatchArguments& a, const Context& context) {
-  OParameters p = parameters_of(a.o, "o", a.weight, a.out, a.orders, a.head_dim, a.tiles, context);
+  OParameters p = parameters_of(a.o, "o", a.past, a.weight, a.out, a.orders, a.head_dim, a.tiles, context);
   for (int i = 0; i < a.orders; ++i) p.cached[i] = output_of(a.cached[i], 1, 64, kCached[i]);
   p.coefficients = a.coefficients.as<const float>();
   p.coefficient_stride = a.coefficients.strides[0];

@@ -1,5 +1,5 @@
-// GEMM-O on the device, Update and Dispatch: what a tile is, and who does what with it. A tile is 128 tokens by
-// 256 output features; the reduction visits the heads that the bits name, then the columns past the heads.
+// GEMM-O on the device, Update and Dispatch: what a tile is, and who does what with it. A tile is 128 tokens
+// by 256 output features; the reduction visits the heads that the bits name, then the columns past the heads.
 #pragma once
 
 #include <cuda.h>
@@ -15,17 +15,17 @@ struct OTile {
   // First of the heads that are cached, which an Update stores; then of the active ones and the columns past
   // the heads. steps[0] = kNoMoreWork ends the loop.
   int steps[2];
-  int stores;            // 2: after both stretches; 1: after the last only
-  int row, column;       // first token, below 0 where rows lie before the matrix; first output feature
-  int panels;            // of 64 features: 4, or 2 of a halved tile
+  int stores;       // 2: after both stretches; 1: after the last only
+  int row, column;  // first token, below 0 where rows lie before the matrix; first output feature
+  int panels;       // of 64 features: 4, or 2 of a halved tile
   int order, batch;
-  int block;             // of the joint sequence, of consumer 0's rows
+  int block;  // of the joint sequence, of consumer 0's rows
   unsigned char bias[GemmSizes::kWide * 2];
 };
 
 struct OParameters {
-  CUtensorMap o[kMaxOrder + 1], weight;  // by heads
-  CUtensorMap o_past, weight_past;       // the columns past the heads
+  CUtensorMap o[kMaxOrder + 1], weight;     // by heads
+  CUtensorMap o_past, weight_past;          // the columns past the heads
   OutputMatrix cached[kMaxOrder + 1], out;  // cached: a Dispatch reads it
   Bits cache;
   int* next;                  // tile to claim beyond the first round
@@ -46,7 +46,9 @@ struct OParameters {
   __device__ int head_steps() const { return (head_dim + GemmSizes::kStepK - 1) / GemmSizes::kStepK; }
   __device__ int past_steps() const { return (past + GemmSizes::kStepK - 1) / GemmSizes::kStepK; }
   /// Rows of tiles: a Dispatch has one at a place, an Update one of every order.
-  __host__ __device__ int tile_rows() const { return row_tiles * batch * (coefficients != nullptr ? 1 : orders); }
+  __host__ __device__ int tile_rows() const {
+    return row_tiles * batch * (coefficients != nullptr ? 1 : orders);
+  }
   __host__ __device__ int item_columns(int tiles) const {
     return (features + tiles * GemmSizes::kWide - 1) / (tiles * GemmSizes::kWide);
   }
@@ -90,10 +92,12 @@ struct OScheduler : GemmScheduler<Config> {
     this->hand_on();
   }
 
-  /// Bands of row tiles, through all features before the next band. Order 0, which takes longest, comes first.
+  /// Bands of row tiles, through all features before the next band. Order 0, which takes longest, comes
+  /// first.
   __device__ void publish(int item) {
     const int lane = ptx_ops::lane_index(), rank = ptx_ops::cluster_rank();
-    const int half = item < p.kept ? -1 : (item - p.kept) % 2, index = half < 0 ? item : p.kept + (item - p.kept) / 2;
+    const int half = item < p.kept ? -1 : (item - p.kept) % 2,
+              index = half < 0 ? item : p.kept + (item - p.kept) / 2;
     const int width = half < 0 ? Config::kWide : Config::kWide / 2;
     const int rows = p.tile_rows(), in_a_band = kBand * p.item_columns(p.sharers);
     const int band = index / in_a_band, in_band = index % in_a_band, height = min(kBand, rows - band * kBand);
@@ -170,7 +174,8 @@ struct OLoader {
         ptx_ops::arrive_expect_bytes(full, tile.panels * 64 * Config::kRowBytes);
         for (int panel = 0; panel < tile.panels; ++panel)
           ptx_ops::tma_load(to + panel * 64 * Config::kRowBytes, &p.cached[i].map, full,
-                            {tile.column + 64 * panel, tile.row + 64 * consumer, 0, tile.batch}, ptx_ops::kEvictFirst);
+                            {tile.column + 64 * panel, tile.row + 64 * consumer, 0, tile.batch},
+                            ptx_ops::kEvictFirst);
       }
     }
   }
@@ -188,8 +193,8 @@ struct OLoader {
     }
   }
 
-  /// 64 columns from `at` on, of the rows of the consumers that multiply them, and of the weight. Columns past
-  /// the head come as zeros. The rows are the whole cluster's: of two blocks each loads one consumer's.
+  /// 64 columns from `at` on, of the rows of the consumers that multiply them, and of the weight. Columns
+  /// past the head come as zeros. The rows are the whole cluster's: of two blocks each loads one consumer's.
   __device__ void load_step(const CUtensorMap& o, const CUtensorMap& weight, const OTile& tile,
                             ptx_ops::BoxStart at, uint32_t consumers) {
     if (left-- == Config::kStepsAhead) ask();

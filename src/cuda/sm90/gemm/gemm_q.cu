@@ -13,12 +13,16 @@ QProblem problem_of(const GemmQArguments& a) {
   p.cache = bits_of(a.tiles.cache, a.tiles.cache_indptr);
   p.batch = static_cast<int>(a.x.size(0)), p.heads = static_cast<int>(a.tiles.heads);
   const int groups = static_cast<int>((head_features + kGroupFeatures - 1) / kGroupFeatures);
-  p.shares_tokens = groups > 1;
-  p.groups = p.shares_tokens ? (groups + kQSharers - 1) / kQSharers : 1;
-  p.item_blocks = (p.shares_tokens ? 256 : kQSharers * 256) / a.tiles.block_q;
+  // Items of two tiles fill few rounds worse than they save copies.
+  constexpr int kFewRounds = 8;
+  const int64_t tiles = (blocks.count * a.tiles.block_q + 255) / 256 * p.heads * p.batch * groups;
+  p.sharers = tiles < kFewRounds * multiprocessors(a.x.device.id) ? 1 : kMostSharers;
+  p.shares_tokens = groups > 1 || p.sharers == 1;
+  p.groups = p.shares_tokens ? (groups + p.sharers - 1) / p.sharers : 1;
+  p.item_blocks = (p.shares_tokens ? 256 : p.sharers * 256) / a.tiles.block_q;
   p.first_block = blocks.first, p.blocks = blocks.count;
   p.block_q = a.tiles.block_q, p.row_offset = static_cast<int>(a.tiles.row_offset);
-  p.clusters = clusters_of(a.x.device.id, kQSharers);
+  p.clusters = clusters_of(a.x.device.id, p.sharers);
   return p;
 }
 
@@ -39,8 +43,8 @@ void check_served(const GemmQArguments& a, const QProblem& problem) {
   const int64_t features = a.weight.size(0) / a.tiles.heads;
   if (features % 8 != 0 && a.tiles.heads > 1)
     throw Error(ErrorKind::kNotImplemented,
-                text("weight: expected rows a head that are a multiple of 8 (cuda_sm90), got ", a.weight.size(0),
-                     " / ", a.tiles.heads, " = ", features));
+                text("weight: expected rows a head that are a multiple of 8 (cuda_sm90), got ",
+                     a.weight.size(0), " / ", a.tiles.heads, " = ", features));
   check_plan_serves(problem);
 }
 
@@ -70,7 +74,7 @@ void gemm_q(const GemmQArguments& a, const Context& context) {
   p.steps = static_cast<int>((a.weight.size(1) + GemmSizes::kStepK - 1) / GemmSizes::kStepK);
   p.heads = problem.heads, p.head_features = static_cast<int>(head_features);
   p.block_q = problem.block_q, p.activation = a.activation;
-  p.sharers = kQSharers, p.shares_tokens = problem.shares_tokens;
+  p.sharers = problem.sharers, p.shares_tokens = problem.shares_tokens;
   launch_q_plan({problem, items, p.control}, stream);
   if (a.x.dtype == DType::kFloat16)
     launch_gemm<GemmQ<__half>>(p, a.x.device.id, stream);

@@ -13,15 +13,16 @@
 namespace flashomni::cuda::sm90 {
 
 inline constexpr int kNoRow = INT_MIN;
-inline constexpr int kMostBlocks = 4;      // row blocks a tile: 2 of 128 tokens, or 4 of 64
+inline constexpr int kMostBlocks = 4;       // row blocks a tile: 2 of 128 tokens, or 4 of 64
 inline constexpr int kGroupFeatures = 128;  // of a head, a tile
-inline constexpr int kQSharers = 2;         // blocks of a cluster, whose tiles share the tokens or the weight
+inline constexpr int kMostSharers = 2;      // blocks of a cluster, whose tiles share the tokens or the weight
 
-/// A cluster's tiles as the plan lists them. Where they share the weight: the same 128 features, each block has row
-/// blocks of its own. Where they share the tokens: neighbouring features, and the row blocks of rank 0.
+/// A cluster's tiles as the plan lists them. Where they share the weight: the same 128 features, each block
+/// has row blocks of its own. Where they share the tokens: neighbouring features, and the row blocks of rank
+/// 0.
 struct QItem {
   // First token of each row block, below 0 where rows lie before the matrix; or kNoRow.
-  int row[kQSharers][kMostBlocks];
+  int row[kMostSharers][kMostBlocks];
   int batch_head, group;  // batch * heads + head; which 128 features, or which pair of them
   int unused[2];
 };
@@ -36,8 +37,8 @@ struct QTile {
   int steps;  // kNoMoreWork ends the loop
   int row[kMostBlocks], blocks;
   int feature, column, head, batch;  // feature: row of the weight; column: of the head
-  bool wide;    // more than 128 tokens
-  bool one_panel;  // 64 features or fewer: the consumers share them, and halve the tokens
+  bool wide;                         // more than 128 tokens
+  bool one_panel;                    // 64 features or fewer: the consumers share them, and halve the tokens
   unsigned char bias[kGroupFeatures * 2];
 };
 
@@ -50,7 +51,7 @@ struct QParameters {
   uint64_t weight_policy;
   int steps, heads, head_features, block_q;
   int sharers;
-  bool shares_tokens;  // not the weight
+  bool shares_tokens;  // not the weight; of one block: by itself
   Activation activation;
 };
 
@@ -74,7 +75,7 @@ struct QScheduler : GemmScheduler<Config> {
   __device__ void publish(const QItem& item) {
     const int lane = ptx_ops::lane_index(), rank = ptx_ops::cluster_rank();
     const int* row = item.row[p.shares_tokens ? 0 : rank];
-    const int group = p.shares_tokens ? item.group * kQSharers + rank : item.group;
+    const int group = p.shares_tokens ? item.group * p.sharers + rank : item.group;
     const int column = group * kGroupFeatures, batch_head = item.batch_head, head = batch_head % p.heads;
     const int feature = head * p.head_features + column, features = p.head_features - column;
     this->published.wait_empty_relaxed(this->shared.tiles);
@@ -94,8 +95,8 @@ struct QScheduler : GemmScheduler<Config> {
   }
 };
 
-/// Keeps the stages full: 64 columns of the weight's 128 rows and of the tokens of every row block. Of the operand
-/// that the cluster shares, rank i loads panel or row block i, i + 2, for both.
+/// Keeps the stages full: 64 columns of the weight's 128 rows and of the tokens of every row block. Of the
+/// operand that the cluster shares, rank i loads panel or row block i, i + 2, for both.
 template <class Config>
 struct QLoader {
   typename Config::Shared& shared;
@@ -137,9 +138,9 @@ struct QLoader {
   }
   __device__ void load(bool shared_by_all, int i, uint32_t to, const CUtensorMap& map, uint64_t& full,
                        ptx_ops::BoxStart start, uint64_t l2_policy) {
-    if (!shared_by_all)
+    if (!shared_by_all || p.sharers == 1)
       ptx_ops::tma_load(to, &map, full, start, l2_policy);
-    else if (i % kQSharers == rank)
+    else if (i % kMostSharers == rank)
       ptx_ops::tma_load_to(0b11, to, &map, full, start, l2_policy);
   }
 };

@@ -28,7 +28,8 @@ struct QConsumer : GemmConsumer<Config> {
       if (tile.steps == kNoMoreWork) return;
       // Two panels of features: one each. One: both multiply it, each with half of the tokens.
       const uint32_t features = tile.one_panel ? 0 : this->id * 64 * Config::kRowBytes;
-      const uint32_t tokens = Config::kNarrowBytes + (tile.one_panel ? this->id * 128 * Config::kRowBytes : 0);
+      const uint32_t tokens =
+          Config::kNarrowBytes + (tile.one_panel ? this->id * 128 * Config::kRowBytes : 0);
       if (tile.blocks == 0)
         pass(tile.steps);
       else if (tile.wide && !tile.one_panel)
@@ -57,8 +58,8 @@ struct QConsumer : GemmConsumer<Config> {
     this->end_turn();
   }
 
-  /// With the bias. A thread's registers hold two features: of every four values two are of feature `row`, two of
-  /// `row` + 8.
+  /// With the bias. A thread's registers hold two features: of every four values two are of feature `row`,
+  /// two of `row` + 8.
   template <int kCount>
   __device__ void begin(float (&d)[kCount], const QTile& tile) {
     const bool biased = p.bias != nullptr;

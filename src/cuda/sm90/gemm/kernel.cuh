@@ -75,8 +75,8 @@ void launch_gemm(const typename Roles::Parameters& p, int device, cudaStream_t s
   check_cuda(cudaLaunchKernelEx(&config, gemm_kernel<Roles>, p), "gemm_kernel");
 }
 
-/// Tells tiles to the other warps. A tile is claimed when the loader asks for it, not sooner: a cluster that held
-/// several would keep them from clusters that are free. Rank 0 claims for both blocks.
+/// Tells tiles to the other warps. A tile is claimed when the loader asks for it, not sooner: a cluster that
+/// held several would keep them from clusters that are free. Rank 0 claims for both blocks.
 template <class Config>
 struct GemmScheduler {
   using Shared = typename Config::Shared;
@@ -86,8 +86,8 @@ struct GemmScheduler {
   uint32_t asked_phase = 0;
 
   __device__ int first() const { return static_cast<int>(blockIdx.x) / sharers; }
-  /// The cluster's next tile, once the loader of rank 0 is about to need it: the first round's have the clusters'
-  /// own numbers.
+  /// The cluster's next tile, once the loader of rank 0 is about to need it: the first round's have the
+  /// clusters' own numbers.
   __device__ int claim(int* counter) {
     const int slot = claims.slot(), rank = ptx_ops::cluster_rank(), lane = ptx_ops::lane_index();
     if (rank == 0) {

@@ -1,6 +1,6 @@
-// A matrix that tiles are stored to. The copy engine clips a box that ends past the matrix, but must not be given
-// one that begins before it (CUDA's programming guide, "out-of-bound" of bulk tensor copies): the row block in
-// which the matrix begins is stored row by row.
+// A matrix that tiles are stored to. The copy engine clips a box that ends past the matrix, but must not be
+// given one that begins before it (CUDA's programming guide, "out-of-bound" of bulk tensor copies): the row
+// block in which the matrix begins is stored row by row.
 #pragma once
 
 #include <cuda.h>
@@ -16,11 +16,12 @@ struct OutputMatrix {
   CUtensorMap map;  // [batch, rows, heads, columns]; a copy ends with its head
   unsigned char* data;
   int64_t batch_bytes, row_bytes;
-  uint64_t policy;  // of the L2 cache
+  uint64_t policy;    // of the L2 cache
   int rows, columns;  // columns: of a head
 
   /// Called by a whole warp: `box_rows` rows from start.row on of 64 columns, which lie swizzled at `staged`.
-  __device__ void store(const unsigned char* staged, int box_rows, ptx_ops::BoxStart start, bool leader) const {
+  __device__ void store(const unsigned char* staged, int box_rows, ptx_ops::BoxStart start,
+                        bool leader) const {
     if (start.row >= 0) {
       if (leader) ptx_ops::tma_store(&map, ptx_ops::shared_address(staged), start, policy);
     } else {

@@ -1,10 +1,10 @@
-// GEMM-Q's plan. A list a (batch element, head): its active row blocks in order, 256 tokens an item of two tiles
-// that share the tokens, 512 where they share the weight. Each CTA
-// counts every list, so that it knows its own list's place without waiting for the others, and writes that list.
+// GEMM-Q's plan. A list a (batch element, head): its active row blocks in order, 256 tokens an item of two
+// tiles that share the tokens, 512 where they share the weight. Each CTA counts every list, so that it knows
+// its own list's place without waiting for the others, and writes that list.
 //
 // The order of tiles: bands of row blocks, of each band the tiles of all lists that begin in it, so that what
-// runs at one time reads the same tokens whatever the pattern; then tiles of half the width, which are short and
-// even out the tail: the lists' ends, and the last wide tiles halved where they would leave SMs idle.
+// runs at one time reads the same tokens whatever the pattern; then tiles of half the width, which are short
+// and even out the tail: the lists' ends, and the last wide tiles halved where they would leave SMs idle.
 #include "src/cuda/sm90/gemm/plan.h"
 
 #include <algorithm>
@@ -24,7 +24,7 @@ constexpr int kMostCounts = 2 * kMostLists;  // a band and list: what shared mem
 constexpr int kMostRowBlocks = 40 * 1024;    // which shared memory holds, too
 // Counts of all bands and of the border past the last one.
 constexpr int kMostShared = (kMostCounts + kMostLists + kMostRowBlocks) * 4;
-constexpr int kMostSharers = 8;     // CTAs that write one list, of which each takes some of its groups
+constexpr int kMostWriters = 8;  // CTAs that write one list, of which each takes some of its groups
 
 /// What a list of active row blocks becomes.
 struct ListTiles {
@@ -50,7 +50,8 @@ struct Bands {
   __host__ __device__ static int max(int a, int b) { return a > b ? a : b; }
 };
 
-/// before[b * lists + i]: active row blocks of list i that come before band b, for b up to the number of bands.
+/// before[b * lists + i]: active row blocks of list i that come before band b, for b up to the number of
+/// bands.
 __device__ void count_lists(const QProblem& p, const Bands& bands, int* before) {
   const int lists = p.batch * p.heads;
   for (int i = threadIdx.x; i < (bands.count + 1) * lists; i += kThreads) before[i] = 0;
@@ -60,11 +61,13 @@ __device__ void count_lists(const QProblem& p, const Bands& bands, int* before) 
   for (int i = threadIdx.x; i < words * p.batch; i += kThreads) {
     const int b = i / words;
     const int64_t at = int64_t(i - b * words) * kBitsAWord;
-    uint32_t word = p.cache.word(b, first + at) & low_bits(static_cast<int>(min(bits - at, int64_t(kBitsAWord))));
+    uint32_t word =
+        p.cache.word(b, first + at) & low_bits(static_cast<int>(min(bits - at, int64_t(kBitsAWord))));
     const int block = static_cast<int>(at / p.heads), head = static_cast<int>(at - int64_t(block) * p.heads);
     for (; word != 0; word &= word - 1) {
       const int past = head + __ffs(word) - 1, down = past / p.heads;
-      atomicAdd(&before[((block + down) / bands.blocks + 1) * lists + b * p.heads + past - down * p.heads], 1);
+      atomicAdd(&before[((block + down) / bands.blocks + 1) * lists + b * p.heads + past - down * p.heads],
+                1);
     }
   }
   __syncthreads();
@@ -131,7 +134,7 @@ __device__ QItem item_of(const QProblem& p, const int* active, int first, int la
   const int middle = p.shares_tokens ? last : first + (last - first + 1) / 2;
   QItem item;
 #pragma unroll
-  for (int i = 0; i < kQSharers * kMostBlocks; ++i) {
+  for (int i = 0; i < kMostSharers * kMostBlocks; ++i) {
     const bool second = i >= kMostBlocks;
     const int at = (second ? middle : first) + i % kMostBlocks;
     item.row[second][i % kMostBlocks] =
@@ -141,8 +144,8 @@ __device__ QItem item_of(const QProblem& p, const int* active, int first, int la
   return item;
 }
 
-/// Wide tiles to halve: those left over from whole rounds (all clusters busy), where their halves fit one round of
-/// half the length.
+/// Wide tiles to halve: those left over from whole rounds (all clusters busy), where their halves fit one
+/// round of half the length.
 __device__ int halved_tiles(int wide, int narrow, int clusters) {
   const int rest = wide % clusters;
   return 2 * rest + narrow <= clusters ? rest : 0;
@@ -185,8 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1) q_plan_kernel(const __grid_consta
     for (int group = blockIdx.y + gridDim.y * threadIdx.x; group < p.groups; group += gridDim.y * kThreads)
       a.items[kept + 2 * halved + all.narrow_before * p.groups + group] =
           item_of(p, active, mine.wide * full, count, list, group);
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
-    *a.control = {kept + 2 * halved + narrow, 0};
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *a.control = {kept + 2 * halved + narrow, 0};
 }
 
 __global__ void o_plan_kernel(int* counter) {
@@ -202,8 +204,8 @@ int64_t most_items(const QProblem& p) {
 
 void check_plan_serves(const QProblem& p) {
   if (int64_t(p.batch) * p.heads > kMostLists)
-    throw Error(ErrorKind::kNotImplemented, text("x: expected batch * heads up to ", kMostLists, " (cuda_sm90), got ",
-                                                 int64_t(p.batch) * p.heads));
+    throw Error(ErrorKind::kNotImplemented, text("x: expected batch * heads up to ", kMostLists,
+                                                 " (cuda_sm90), got ", int64_t(p.batch) * p.heads));
   if (p.blocks > kMostRowBlocks)
     throw Error(ErrorKind::kNotImplemented,
                 text("x: expected up to ", kMostRowBlocks, " row blocks (cuda_sm90), got ", p.blocks));
@@ -224,7 +226,7 @@ void launch_q_plan(const QPlanArguments& a, cudaStream_t stream) {
                                     cudaSharedmemCarveoutMaxShared),
                "q_plan_kernel's shared memory");
   });
-  const dim3 grid(a.problem.batch * a.problem.heads, std::min(a.problem.groups, kMostSharers));
+  const dim3 grid(a.problem.batch * a.problem.heads, std::min(a.problem.groups, kMostWriters));
   const int bytes = (Bands(a.problem).counts(a.problem) + a.problem.blocks) * 4;
   q_plan_kernel<<<grid, kThreads, bytes, stream>>>(a);
   check_cuda(cudaGetLastError(), "q_plan_kernel");

@@ -14,9 +14,11 @@ struct QControl;
 /// Which tiles GEMM-Q may have.
 struct QProblem {
   Bits cache;
-  int batch, heads, groups;  // groups: of up to 128 features, a head; or pairs of groups that share the tokens
-  int first_block, blocks;   // row blocks of the joint sequence that the matrix touches
+  int batch, heads,
+      groups;               // groups: of up to 128 features, a head; or pairs of groups that share the tokens
+  int first_block, blocks;  // row blocks of the joint sequence that the matrix touches
   int block_q, row_offset;
+  int sharers;  // blocks of a cluster
   bool shares_tokens;
   int item_blocks;  // row blocks an item: of the tile, or of both tiles that share the weight
   int clusters;     // of the kernel
