@@ -324,10 +324,18 @@ def bench_e2e(
         list[float] | None, typer.Option(help="Computed share in Dispatch steps; may be repeated.")
     ] = None,
     tiles: Annotated[float, typer.Option(help="Share of active tiles there; 0: as sparse both ways.")] = 0.0,
+    follow: Annotated[
+        list[float] | None,
+        typer.Option(help="Sparsity by whole rows, without and with an MLP that follows; may be repeated."),
+    ] = None,
     chosen: Annotated[bool, typer.Option(help="Also what the configuration's policy chooses.")] = True,
     arm: Annotated[
-        list[str] | None, typer.Option(help="compiled, eager or graphs; may be repeated; all by default.")
+        list[str] | None,
+        typer.Option(
+            help="Ours: eager, graphs, compiled or compiled graphs; may be repeated; all by default."
+        ),
     ] = None,
+    dense_compiled: Annotated[bool, typer.Option(help="Diffusers' own code compiled, too.")] = True,
     rounds: Annotated[int, typer.Option(min=0, help="Pictures or rounds an arm; 0: 1, or 2 on a GPU.")] = 0,
     whole: Annotated[
         bool, typer.Option("--whole", help="Run all steps instead of a few of each kind.")
@@ -369,8 +377,10 @@ def bench_e2e(
     if device == "cpu" and not tiny:
         raise fail(f"--device: expected cuda for a model of the size of {model}, got cpu", 2)
     shape = {"model": model, "resolution": resolution, "steps": steps, "tiny": tiny}
-    asked = {"sparsity": sparsity or (() if density else e2e_model.SPARSITY), "density": density or ()}
+    usual = () if density or follow else e2e_model.SPARSITY
+    asked = {"sparsity": sparsity or usual, "density": density or (), "follow": follow or ()}
     how = {"tiles": tiles or None, "chosen": chosen, "arms": arm or e2e_model.ARMS, "whole": whole}
+    how["dense_compiled"] = dense_compiled
     _suite(
         e2e_model.run,
         json_file,

@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,9 +36,10 @@ def built(name: str) -> tuple[nn.Module, dense.Call]:
     return transformer, lambda time: transformer(**inputs(time))[0]
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("tiles", [None, 0.6])
 @pytest.mark.parametrize("text,given", [((0, 500), 0), ((3200, 256), 0), ((0, 0), 0), ((0, 260), 500)])
-def test_a_level_has_its_density(text, given, tiles):
+def test_a_level_has_its_density(text, given, tiles, whole):
     tokens = 3500
     start, length = text
     segments = (Segment("image", 0, start), Segment("text", start, length))
@@ -46,7 +48,7 @@ def test_a_level_has_its_density(text, given, tiles):
     layout = Layout(1, 3, 64, tokens, tuple(s for s in segments if s.length))
     symbols = SparseSymbols.ones(1, 3, tokens, tokens, 128, 128)
     means = torch.randn(1, symbols.q_blocks, 3, 64), torch.randn(1, symbols.kv_blocks, 3, 64)
-    policy = levels.LevelPolicy(0.4, tiles)
+    policy = levels.LevelPolicy(0.4, tiles, rows=whole)
     policy.select(Step(4, 10, 0.5, "cond", 2, 5), layout, Stats(*means), {}, Choice(symbols))
     cache, skip = symbols.masks()
     counted = float((cache.unsqueeze(-1) & skip).double().mean())
@@ -57,6 +59,7 @@ def test_a_level_has_its_density(text, given, tiles):
     rows += [i for i in range(28) if (i + 1) * 128 > tokens - given] if given else []
     assert cache[:, :, rows].all() and skip[:, :, rows].all() and skip[..., rows].all()
     assert (cache.sum(-1) == cache.sum(-1)[0, 0]).all(), "as many tiles in every head"
+    assert whole == bool((cache == cache[:, :1]).all()), "the same only where rows are cached as wholes"
     before = symbols.cache.clone(), symbols.skip.clone()
     policy.select(Step(7, 10, 0.7, "cond", 2, 5), layout, Stats(*means), {}, Choice(symbols))
     assert torch.equal(symbols.cache, before[0]) and torch.equal(symbols.skip, before[1])
@@ -100,7 +103,7 @@ def test_a_sample_has_a_step_for_every_step(order, warm_up):
 
 
 @pytest.mark.parametrize("name", APART)
-def test_dense_bars_leave_the_model_as_it_was(name, monkeypatch):
+def test_dense_bars_leave_the_model_as_it_was(name):
     model, (transformer, call) = models.model_of(name), built(name)
     want = call(0.5)
     with dense.without_masks(transformer, model.mask_argument):
@@ -109,8 +112,7 @@ def test_dense_bars_leave_the_model_as_it_was(name, monkeypatch):
     eager = measured.eager(model.image_tokens(model.tiny_size))
     assert len(eager.steps) == 2 and min(eager.steps) > 0
     if name == "hunyuanvideo":  # blocks of two kinds, with hooks; the others cost seconds and say no more
-        monkeypatch.setattr(dense, "COMPILE", {"fullgraph": True, "backend": "eager"})
-        assert min(measured.compiled().steps) > 0
+        assert min(measured.compiled("eager").steps) > 0
     assert {"attention", "gemm_q", "gemm_kv", "gemm_o", "mlp", "norm_rope"} <= set(eager.classes)
     sparse = classes.sparse_work(eager.classes, transformer)
     assert 0 < sum(sparse.values()) < sum(eager.classes.values())
@@ -163,9 +165,11 @@ def check_rows(rows: list[dict], levels_wanted: set[str], steps: int) -> None:
         }
         plans = schedule.plan(steps, CONFIG)
         assert found["ms"] == pytest.approx(sum(kinds[f"{plan.kind} step"] for plan in plans))
-        if arm == "flashomni eager":
+        if arm == next(name for name, of in runs if of == level and "graphs" not in name):
             assert {"attention", "gemm_q", "gemm_o", "rest"} <= set(found["classes"]["dispatch"])
             assert "select" in found["classes"]["update"]
+        else:
+            assert not found["classes"]
     assert json.loads(json.dumps(harness.record(rows)))["benchmarks"]
     from rich.console import Console
 
@@ -185,6 +189,7 @@ def test_a_model_end_to_end(name):
         sparsity=(0.2,),
         density=(0.4,),
         arms=("eager", "graphs"),
+        dense_compiled=False,
         rounds=1,
         device="cpu",
         dtype=torch.float32,
@@ -198,6 +203,80 @@ def test_a_model_end_to_end(name):
     assert runs["density 0.4"]["density"] < runs["20% sparse"]["density"]
 
 
+@pytest.mark.parametrize("name", ["flux-dev", "hunyuanvideo", "wan-14b"])
+def test_compiled_arms(name):
+    """No eager arm is needed: classes are of the first that there is."""
+    torch.compiler.reset()
+    said = []
+    rows = e2e_model.run(
+        model=name,
+        config=replace(CONFIG, policy="drift") if name == "wan-14b" else CONFIG,
+        steps=14,
+        sparsity=(),
+        follow=(0.2,),
+        chosen=name == "wan-14b",
+        arms=("compiled", "compiled graphs"),
+        backend="eager",
+        rounds=1,
+        device="cpu",
+        dtype=torch.float32,
+        tiny=True,
+        say=said.append,
+    )
+    wanted = {"20% sparse, rows", "20% sparse, rows, mlp follows"}
+    check_rows(rows, wanted | ({"as chosen"} if name == "wan-14b" else set()), 14)
+    assert rows[0]["not_measured"] == {"compiled graphs": "no GPU"}
+    runs = {r["case"]["level"]: r for r in rows if r["case"]["what"] == "run"}
+    assert {r["case"]["arm"] for r in rows} == {
+        "dense eager sdpa",
+        "dense compiled sdpa",
+        "flashomni compiled",
+    }
+    plain, follows = (runs[level] for level in sorted(wanted))
+    assert plain["density"] == follows["density"] and plain["tiles"] == follows["tiles"] < 1
+    assert follows["bound"] > plain["bound"] > 1
+    assert follows["held_gib"] > plain["held_gib"], "what feed-forwards gave is kept"
+    if name == "wan-14b":
+        assert runs["as chosen"]["tiles"] < 1, "without text, what changes least is cached"
+
+
+def test_compilers_that_fail_lose_no_other_arm(monkeypatch):
+    def fail(graph, inputs):
+        raise RuntimeError("no such compiler")
+
+    rows = e2e_model.run(
+        model="flux-dev",
+        config=CONFIG,
+        steps=8,
+        sparsity=(),
+        density=(0.6,),
+        chosen=False,
+        arms=("eager", "compiled"),
+        backend=fail,
+        rounds=1,
+        device="cpu",
+        dtype=torch.float32,
+        tiny=True,
+        say=lambda text: None,
+    )
+    assert set(rows[0]["not_measured"]) == {"dense compiled", "compiled, density 0.6"}
+    assert all("no such compiler" in reason for reason in rows[0]["not_measured"].values())
+    assert {r["case"]["arm"] for r in rows} == {"dense eager sdpa", "flashomni eager"}
+
+
+def test_nothing_is_left_of_compilation():
+    transformer, call = built("hunyuanvideo")
+    want = call(0.5)
+    with dense.compiled(transformer, "eager"):
+        flashomni.enable(transformer, CONFIG, policy=levels.LevelPolicy(0.5)).begin(14)
+        call(0.5)
+        flashomni.disable(transformer)
+    assert all(module._compiled_call_impl is None for module in transformer.modules())
+    before = torch._dynamo.utils.counters["stats"]["calls_captured"]
+    assert torch.equal(call(0.5), want)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] == before
+
+
 def test_a_whole_run_measures_every_step(monkeypatch):
     arguments = {"device": "cpu", "dtype": torch.float32, "tiny": True, "say": lambda text: None}
     rows = e2e_model.run(
@@ -208,6 +287,7 @@ def test_a_whole_run_measures_every_step(monkeypatch):
         density=(0.6,),
         chosen=False,
         arms=("eager",),
+        dense_compiled=False,
         rounds=1,
         whole=True,
         **arguments,
@@ -222,7 +302,8 @@ def test_a_whole_run_measures_every_step(monkeypatch):
     assert table[3][2].strip() == "density 0.6" and table[3][4].strip() == f"{ours['ratio']:.2f}"
 
 
-def test_measured_steps_of_the_graphs_arm_are_all_replayed(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_measured_steps_of_the_graphs_arm_are_all_replayed(monkeypatch, compiled):
     model = models.model_of("flux-dev")
     here = e2e_model.Run("flux-dev", model.tiny_size, 32, "cpu", torch.float32, True)
     stand_ins, enable = [], flashomni.enable
@@ -233,7 +314,10 @@ def test_measured_steps_of_the_graphs_arm_are_all_replayed(monkeypatch):
 
     monkeypatch.setattr(flashomni, "enable", enable_with_stand_in)
     level, plans = e2e_model.Level("", levels.LevelPolicy(0.5)), schedule.plan(14, CONFIG)
-    ours = e2e_model._measure(here, CONFIG, level, "graphs", plans, 1, False)
+    blocks = dense.compiled(here.transformer, "eager") if compiled else nullcontext()
+    arm = "compiled graphs" if compiled else "graphs"
+    with blocks:
+        ours = e2e_model._measure(here, CONFIG, level, arm, plans, 1, False, False)
     (stand_in,) = stand_ins
     sample = levels.Sample(plans, CONFIG.max_order)
     assert stand_in.captures == 5  # Full with and without history, two Updates, Dispatch
@@ -283,9 +367,10 @@ def test_a_model_that_is_not_served_says_so():
 def test_every_arm_on_a_gpu(name):
     config = replace(CONFIG, protect_conditions=False)  # else most of tiny Kontext is always computed
     rows = e2e_model.run(
-        model=name, config=config, steps=14, sparsity=(0.2,), arms=("eager", "graphs"), rounds=1, tiny=True
+        model=name, config=config, steps=14, sparsity=(0.2,), follow=(0.2,), rounds=1, tiny=True
     )
-    check_rows(rows, {"20% sparse", "as chosen"}, 14)
+    follow = {"20% sparse, rows", "20% sparse, rows, mlp follows"}
+    check_rows(rows, {"20% sparse", "as chosen"} | follow, 14)
     dense_run = next(r for r in rows if r["case"]["level"] == "dense")
     assert not dense_run["not_measured"]
-    assert {r["case"]["arm"] for r in rows} >= {"flashomni eager", "flashomni graphs"}
+    assert {r["case"]["arm"] for r in rows} >= {f"flashomni {arm}" for arm in e2e_model.ARMS}

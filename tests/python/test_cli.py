@@ -136,6 +136,21 @@ def test_bench_e2e_has_a_row_a_kind_of_step(tmp_path, monkeypatch):
     assert all(r["baseline"]["name"] == "torch" for r in rows)
 
 
+def test_tiny_flux_with_compiled_blocks(monkeypatch):
+    from flashomni.bench import e2e
+    from flashomni.config import Config
+
+    pipeline = pytest.importorskip("flashomni.tiny_flux.pipeline")
+    monkeypatch.setattr(pipeline, "SIDE", 64)
+    config = Config(**demo.SETTINGS | {"disable_cache_before_step": 1})
+    rows = e2e.run(steps=6, config=config, dtype=torch.float32, rounds=1, backend="eager")
+    assert rows[0]["not_measured"] == {}
+    arms = {r["case"]["arm"] for r in rows if r["case"]["what"] == "picture"}
+    assert arms == {"torch", "dense", "flashomni", "torch compiled", "flashomni compiled"}
+    ours = [r for r in rows if r["case"]["arm"] == "flashomni compiled"]
+    assert len(ours) == 4 and all(r["baseline"]["name"].startswith("torch") for r in ours)
+
+
 def test_bench_e2e_refuses_what_it_cannot_run():
     result = invoke("bench", "e2e", "--model", "flux-schnell")
     assert result.exit_code == 2 and "model: expected one of flux-dev" in result.output
@@ -149,7 +164,7 @@ def test_bench_e2e_refuses_what_it_cannot_run():
         ("--resolution", "96x96x5", "resolution: expected WIDTHxHEIGHT for a model of pictures"),
         ("--sparsity", "0.9", "sparsity: expected from 0 to less than 0.64"),
         ("--density", "1.5", "density: expected more than 0"),
-        ("--arm", "fast", "arms: expected names among compiled, eager, graphs"),
+        ("--arm", "fast", "arms: expected names among eager, graphs, compiled, compiled graphs"),
     ):
         result = invoke(*tiny, option, value)
         assert result.exit_code == 2 and message in result.output, result.output

@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from flashomni.bench import classes
 
 # torch's kernels for long sequences on a GPU; what they refuse (a text encoder's mask) goes to the others.
 ATTENTIONS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-COMPILE: dict[str, Any] = {"fullgraph": True}
 WARM_UP, STEPS = 1, 2
 
 Call = Callable[[float], Tensor]  # time from 1 to 0 -> the model's output
@@ -97,11 +95,16 @@ def without_masks(transformer: nn.Module, position: int | None) -> Iterator[None
             handle.remove()
 
 
+def compile_blocks(transformer: nn.Module, backend: str) -> None:
+    """The repeated blocks, as diffusers advises."""
+    transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+
+
 @contextmanager
-def compiled(transformer: nn.Module) -> Iterator[None]:
-    """Inside, the repeated blocks are compiled, as diffusers advises; afterwards nothing is left of it."""
+def compiled(transformer: nn.Module, backend: str) -> Iterator[None]:
+    """Inside, the repeated blocks are compiled; afterwards nothing is left of it."""
     torch._dynamo.reset()
-    transformer.compile_repeated_blocks(**COMPILE)
+    compile_blocks(transformer, backend)
     try:
         yield
     finally:
@@ -141,12 +144,12 @@ class Dense:
         with without_masks(self.transformer, self.mask_argument), attention(self.attention):
             bar.steps += self._steps(self.count)
 
-    def compiled(self) -> Bar:
-        """With the attention that eager() found. Raises what torch.compile raises."""
+    def compiled(self, backend: str) -> Bar:
+        """With the attention that eager() found. backend: of torch.compile, which raises what it raises."""
         forget_peak(self.device)
         with (
             without_masks(self.transformer, self.mask_argument),
-            compiled(self.transformer),
+            compiled(self.transformer, backend),
             attention(self.attention),
         ):
             self.call(1.0)

@@ -8,6 +8,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
+from torch import nn
 
 import flashomni
 from flashomni import demo, schedule, tiny_flux
@@ -54,15 +55,34 @@ class Arm:
         return Drawing(seconds, [b - a for a, b in zip([start, *ends], ends, strict=False)], density)
 
 
-def run(*, steps: int, config: Config, dtype: torch.dtype, rounds: int, device: str = "cpu") -> list[dict]:
+def run(
+    *,
+    steps: int,
+    config: Config,
+    dtype: torch.dtype,
+    rounds: int,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> list[dict]:
     """Rows of suite "e2e": whole pictures, and the steps of each kind beside a dense torch step.
 
     On a GPU the dense arms are diffusers' eager code, its blocks compiled, and the whole model compiled with
-    CUDA graphs; ours run as they are and as CUDA graphs. The baseline is the fastest of the dense ones.
+    CUDA graphs; ours run as they are, with compiled blocks, and both as CUDA graphs. The baseline is the
+    fastest of the dense ones. backend: of torch.compile; with one, blocks are compiled on a CPU too.
     kernels_ms: of a picture, what the GPU is at work; the rest of it the GPU waits for the host.
     """
     on_gpu = torch.device(device).type == "cuda"
-    arms = {name: make(dtype, device) for name, make in _arms(config, on_gpu).items()}
+    try:
+        return _run(steps, config, dtype, rounds, device, _arms(config, on_gpu, backend))
+    finally:
+        torch._dynamo.reset()
+
+
+def _run(
+    steps: int, config: Config, dtype: torch.dtype, rounds: int, device: str, makers: dict[str, Callable]
+) -> list[dict]:
+    on_gpu = torch.device(device).type == "cuda"
+    arms = {name: make(dtype, device) for name, make in makers.items()}
     missing = {}
     for name, arm in list(arms.items()):
         try:
@@ -85,7 +105,7 @@ def run(*, steps: int, config: Config, dtype: torch.dtype, rounds: int, device: 
     return rows
 
 
-def _arms(config: Config, on_gpu: bool) -> dict[str, Callable[..., Arm]]:
+def _arms(config: Config, on_gpu: bool, backend: str | None) -> dict[str, Callable[..., Arm]]:
     """By name, what makes the arm."""
 
     def torch_arm(prepare: Callable = lambda transformer: None) -> Callable[..., Arm]:
@@ -96,21 +116,27 @@ def _arms(config: Config, on_gpu: bool) -> dict[str, Callable[..., Arm]]:
 
         return make
 
-    def ours(chosen: Config) -> Callable[..., Arm]:
+    def ours(chosen: Config, prepare: Callable = lambda transformer: None) -> Callable[..., Arm]:
         def make(dtype: torch.dtype, device: str) -> Arm:
             pipe = tiny_flux.load(dtype=dtype, device=device)
             flashomni.enable(pipe, chosen)
+            prepare(pipe.transformer)
             return Arm(pipe, chosen)
 
         return make
 
+    def blocks(transformer: nn.Module) -> None:
+        dense.compile_blocks(transformer, backend or "inductor")
+
     arms = {"torch": torch_arm(), "dense": ours(demo.dense_config(config)), "flashomni": ours(config)}
+    if on_gpu or backend is not None:
+        arms |= {"torch compiled": torch_arm(blocks), "flashomni compiled": ours(config, blocks)}
     if on_gpu:
         graphs = Config(**{**vars(config), "cuda_graphs": True})
         arms |= {
-            "torch compiled": torch_arm(lambda t: t.compile_repeated_blocks(**dense.COMPILE)),
             "torch compiled graphs": torch_arm(lambda t: t.compile(mode="reduce-overhead")),
             "flashomni graphs": ours(graphs),
+            "flashomni compiled graphs": ours(graphs, blocks),
         }
     return arms
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -24,28 +25,30 @@ from torch import nn
 import flashomni
 from flashomni import schedule
 from flashomni.bench import classes, harness, levels, models
-from flashomni.bench.dense import Bar, Dense, forget_peak, peak, timed
+from flashomni.bench.dense import Bar, Dense, compiled, forget_peak, peak, timed
 from flashomni.config import Config
 from flashomni.policies import Policy
 
-ARMS = ("compiled", "eager", "graphs")
+ARMS = ("eager", "graphs", "compiled", "compiled graphs")  # compiled: by repeated blocks
 SPARSITY = (0.28, 0.46)  # at which the paper shows FLUX
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Level:
-    """How sparse an arm is. policy None: what the configuration's own policy chooses."""
+    """How sparse an arm is. policy None: what the configuration's own policy chooses. follows: feed-forwards
+    follow the attention's rows."""
 
     name: str
     policy: Policy | None = None
+    follows: bool = False
 
 
 @dataclass
 class Ours:
     """One sparse arm. By step: milliseconds, density of pairs, share of active tiles."""
 
-    level: str
+    level: Level
     arm: str
     steps: list[float]
     density: list[float]
@@ -85,8 +88,11 @@ def run(
     sparsity: Sequence[float] = SPARSITY,
     density: Sequence[float] = (),
     tiles: float | None = None,
+    follow: Sequence[float] = (),
     chosen: bool = True,
     arms: Sequence[str] = ARMS,
+    dense_compiled: bool = True,
+    backend: str = "inductor",
     rounds: int = 2,
     whole: bool = False,
     device: str = "cuda",
@@ -98,10 +104,14 @@ def run(
 
     sparsity: mean uncomputed share of block pairs over the run, one level each; density: computed share in
     Dispatch steps, one level each; tiles: share of active tiles there (None: as sparse along rows as along
-    columns). chosen: also what config.policy chooses. Zeros mean the model's own.
+    columns). follow: sparsity too, of two levels each: tiles cached as whole rows, and the same with
+    feed-forwards that follow them. chosen: also what config.policy chooses. arms: ours (ARMS);
+    dense_compiled: whether diffusers' own code is measured compiled too; backend: of torch.compile. Zeros
+    mean the model's own.
 
     ratio, bound and share_of_bound are against the better dense arm. bound: dense time over what is left of
-    it if attention and gemm_q, gemm_o shrank as the densities say and nothing else changed or was added.
+    it if attention and gemm_q, gemm_o (and mlp, where it follows) shrank as the densities say and nothing
+    else changed or was added.
     Raises ValueError that names the argument, NotImplementedError for a model that is not served.
     """
     spec = models.model_of(model)
@@ -113,7 +123,7 @@ def run(
     steps = steps or spec.steps
     plans = schedule.plan(steps, config)
     text = text or (32 if tiny else spec.text)
-    wanted = _levels(plans, sparsity, density, tiles, chosen)
+    wanted = _levels(plans, sparsity, density, tiles, follow, chosen)
     for level in wanted:
         if level.policy is not None:
             kept = text if spec.joint else 0
@@ -132,24 +142,27 @@ def run(
     eager = dense.eager(spec.image_tokens(size))
     say(f"{eager.name}: {eager.step:.1f} ms a step")
     bars = [eager]
-    if "compiled" in arms:
+    if dense_compiled:
         try:
-            bars.append(dense.compiled())
+            bars.append(dense.compiled(backend))
             say(f"{bars[-1].name}: {bars[-1].step:.1f} ms a step")
         except Exception as error:  # a compiler's failure is no reason to lose the other arms
             missing["dense compiled"] = harness.short(error)
     found: list[Ours] = []
     for level in wanted:
-        for arm in [arm for arm in ("eager", "graphs") if arm in arms]:
-            if arm == "graphs" and here.device.type != "cuda":
-                missing["graphs"] = "no GPU"
+        for arm in [arm for arm in ARMS if arm in arms]:
+            if "graphs" in arm and here.device.type != "cuda":
+                missing[arm] = "no GPU"
                 continue
+            by_class = "graphs" not in arm and not any(ours.level == level for ours in found)
             try:
-                found.append(_measure(here, config, level, arm, plans, rounds, whole))
+                with compiled(here.transformer, backend) if "compiled" in arm else nullcontext():
+                    found.append(_measure(here, config, level, arm, plans, rounds, whole, by_class))
                 say(f"flashomni {arm}, {level.name}: {sum(found[-1].steps) / 1e3:.2f} s a run")
-            except RuntimeError as error:
-                # A GPU that is too small, or a step that cannot be captured, is no reason to lose the others.
-                if arm != "graphs" and not isinstance(error, torch.OutOfMemoryError):
+            except Exception as error:
+                # A GPU that is too small, a step that cannot be captured, a compiler's failure: no reason to
+                # lose the others.
+                if arm == "eager" and not isinstance(error, torch.OutOfMemoryError):
                     raise
                 missing[f"{arm}, {level.name}"] = harness.short(error)
             forget_peak(here.device)
@@ -161,12 +174,16 @@ def run(
     return rows
 
 
-def _levels(plans, sparsity, density, tiles: float | None, chosen: bool) -> list[Level]:
+def _levels(plans, sparsity, density, tiles: float | None, follow, chosen: bool) -> list[Level]:
     found = []
     for value in sparsity:
         policy = levels.LevelPolicy(levels.dispatch_density(value, plans), tiles)
         found.append(Level(f"{value:.0%} sparse", policy))
     found += [Level(f"density {value:g}", levels.LevelPolicy(value, tiles)) for value in density]
+    for value in follow:
+        policy = levels.LevelPolicy(levels.dispatch_density(value, plans), tiles, rows=True)
+        found.append(Level(f"{value:.0%} sparse, rows", policy))
+        found.append(Level(f"{value:.0%} sparse, rows, mlp follows", policy, follows=True))
     if chosen:
         found.append(Level("as chosen"))
     return found
@@ -178,15 +195,20 @@ def _check(policy: levels.LevelPolicy, tokens: int, kept: int, config: Config) -
     levels.image_shares(policy.density, *blocks, tiles=policy.tiles)
 
 
-def _measure(here: Run, config: Config, level: Level, arm: str, plans, rounds: int, whole: bool) -> Ours:
-    """One sparse arm: warmed up, then measured `rounds` times, then once more by class of operator."""
-    config = Config(**{**vars(config), "cuda_graphs": arm == "graphs"})
+def _measure(
+    here: Run, config: Config, level: Level, arm: str, plans, rounds: int, whole: bool, by_class: bool
+) -> Ours:
+    """One sparse arm: warmed up, then measured `rounds` times, then with `by_class` once more by class of
+    operator."""
+    graphs = "graphs" in arm
+    changes = {"cuda_graphs": graphs} | ({"mlp": "follow"} if level.follows else {})
+    config = Config(**{**vars(config), **changes})
     sample = levels.Sample(plans, config.max_order, each_window=level.policy is None, whole=whole)
     forget_peak(here.device)
     engine = flashomni.enable(here.transformer, config, policy=level.policy)
     try:
         short = sample.shortest()
-        if arm == "graphs":
+        if graphs:
             # A first step makes the layers' states; then a pass of each kind runs as it is, one is captured.
             for wanted in (short[:1], short, short):
                 _steps(here, engine, plans, wanted)
@@ -198,12 +220,10 @@ def _measure(here: Run, config: Config, level: Level, arm: str, plans, rounds: i
                 times.setdefault(sample.keys[i], []).append(ms)
         shares = {sample.keys[i]: _shares(engine, i) for i in sample.measured()}
         stats = flashomni.stats(here.transformer)
-        by_class = {}
-        if arm == "eager":
-            by_class = _by_class(here, engine, plans, _first_window(plans, short))
+        spent = _by_class(here, engine, plans, _first_window(plans, short)) if by_class else {}
         medians = {key: median(values) for key, values in times.items()}
         return Ours(
-            level=level.name,
+            level=level,
             arm=arm,
             steps=[medians[key] for key in sample.keys],
             density=[shares[key][0] for key in sample.keys],
@@ -212,7 +232,7 @@ def _measure(here: Run, config: Config, level: Level, arm: str, plans, rounds: i
             peak=peak(here.device),
             held=sum(size for kind, size in engine.bytes_held().items() if kind != "host_history"),
             notes=dict(stats.notes),
-            classes=by_class,
+            classes=spent,
         )
     finally:
         flashomni.disable(here.transformer)
@@ -272,9 +292,11 @@ def _by_class(here: Run, engine, plans, wanted: Sequence[int]) -> dict[str, dict
 
 
 def _bound(dense_step: float, sparse: dict[str, float], ours: Ours) -> float:
-    """Amdahl's: dense time over dense time less what the densities save of the dense arm's own classes."""
+    """Amdahl's: dense time over dense time less what the densities save of the dense arm's own classes. Where
+    feed-forwards follow, a tile is cached in all heads, so that rows are cached as tiles are."""
+    by_tiles = sum(sparse[name] for name in ("gemm_q", "gemm_o", *(["mlp"] if ours.level.follows else [])))
     saved = sum(
-        sparse["attention"] * (1 - density) + (sparse["gemm_q"] + sparse["gemm_o"]) * (1 - tiles)
+        sparse["attention"] * (1 - density) + by_tiles * (1 - tiles)
         for density, tiles in zip(ours.density, ours.tiles, strict=True)
     )
     total = dense_step * len(ours.steps)
@@ -321,7 +343,7 @@ def _rows(here: Run, bars: list[Bar], found: list[Ours], plans, whole: bool, mis
         bound = _bound(best.step, sparse, ours)
         add(
             f"flashomni {ours.arm}",
-            ours.level,
+            ours.level.name,
             "run",
             total,
             best.step * count,
@@ -338,7 +360,7 @@ def _rows(here: Run, bars: list[Bar], found: list[Ours], plans, whole: bool, mis
         )
         for kind in dict.fromkeys(kinds):
             ms = ours.of_kind(kinds, kind)
-            add(f"flashomni {ours.arm}", ours.level, f"{kind} step", ms, best.step)
+            add(f"flashomni {ours.arm}", ours.level.name, f"{kind} step", ms, best.step)
     return rows
 
 
@@ -363,8 +385,8 @@ def tables(rows: Sequence[dict]) -> list:
     )
     style = {"title_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     table = Table(title=title, **style)
-    for name in ("arm", "level"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("arm", no_wrap=True)
+    table.add_column("level")
     for name in ("run, s", "x", "full", "update", "disp.", "pairs", "tiles", "bound", "of it", "GiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for found in runs:
@@ -392,7 +414,13 @@ def _class_tables(runs: Sequence[dict], style: dict) -> list:
     }
     if not columns:
         return []
-    table = Table("ms a step", title="By class of operator (eager arms)", **style)
+    ours = {
+        found["case"]["arm"].removeprefix("flashomni ")
+        for found in runs
+        if "by_key" in found and found["classes"]
+    }
+    title = f"By class of operator (dense eager, ours {', '.join(sorted(ours)) or 'not at all'})"
+    table = Table("ms a step", title=title, **style)
     for level, kind in columns:
         table.add_column(level if level == "dense" else f"{level}\n{kind}", justify="right")
     names = sorted({name for spent in columns.values() for name in spent} - {"rest"})
@@ -418,8 +446,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sparsity", type=float, action="append")
     parser.add_argument("--density", type=float, action="append", default=[])
     parser.add_argument("--tiles", type=float)
+    parser.add_argument(
+        "--follow", type=float, action="append", default=[], help="sparsity by whole rows, the MLP following"
+    )
     parser.add_argument("--no-chosen", action="store_true", help="leave out the policy's own choice")
     parser.add_argument("--arm", action="append", choices=ARMS)
+    parser.add_argument("--no-dense-compiled", action="store_true", help="leave out the compiled dense arm")
     parser.add_argument("--config", "-c", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--whole", action="store_true")
@@ -437,11 +469,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resolution=given.resolution,
             steps=given.steps,
             text=given.text,
-            sparsity=given.sparsity if given.sparsity is not None else () if given.density else SPARSITY,
+            sparsity=given.sparsity or (() if given.density or given.follow else SPARSITY),
             density=given.density,
             tiles=given.tiles,
+            follow=given.follow,
             chosen=not given.no_chosen,
             arms=given.arm or ARMS,
+            dense_compiled=not given.no_dense_compiled,
             rounds=given.rounds,
             whole=given.whole,
             device=given.device,

@@ -62,9 +62,8 @@ def record(rows: Sequence[dict]) -> dict:
 
 
 def short(error: BaseException) -> str:
-    """Kind and first line, for what was not measured."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    """Kind and first two lines (a compiler names the cause in the second), for what was not measured."""
+    return f"{type(error).__name__}: {' '.join(str(error).strip().splitlines()[:2])}"[:200]
 
 
 def rows_table(rows: Sequence[dict]):

@@ -17,16 +17,19 @@ class LevelPolicy(FlashOmniPolicy):
     """Chooses as the paper's policy does, then writes random symbols of a given density over the choice.
 
     density: computed share of all (query block, KV block) pairs in a Dispatch step; tiles: share of active
-    tiles, None for as sparse along rows as along columns. Text and given pictures are always computed. The
-    symbols are drawn once a (context, layer), so that an Update costs what it does with the paper's policy.
+    tiles, None for as sparse along rows as along columns. rows: cached tiles are whole rows, the same in all
+    heads; else each head has its own. Text and given pictures are always computed. The symbols are drawn once
+    a (context, layer), so that an Update costs what it does with the paper's policy.
     """
 
-    def __init__(self, density: float, tiles: float | None = None, seed: int = 0):
+    caches_by_text = False  # what it caches is no choice
+
+    def __init__(self, density: float, tiles: float | None = None, *, rows: bool = False, seed: int = 0):
         super().__init__(0.5, 0.15)
         for name, share in (("density", density), ("tiles", 1.0 if tiles is None else tiles)):
             if not 0 < share <= 1:
                 raise ValueError(f"{name}: expected more than 0 and at most 1, got {share}")
-        self.density, self.tiles, self.seed = density, tiles, seed
+        self.density, self.tiles, self.rows, self.seed = density, tiles, rows, seed
         self._bits: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     def select(self, step: Step, layout: Layout, stats: Stats, state: dict, choice: Choice) -> None:
@@ -54,9 +57,9 @@ class LevelPolicy(FlashOmniPolicy):
             count = int(kept.sum())
             return rank.argsort(-1).argsort(-1) < count + round(share * (shape[-1] - count))
 
-        head = layout.batch, layout.heads
-        cache = chosen((*head, s.q_blocks), rows, tiles)
-        skip = chosen((*head, s.q_blocks, s.kv_blocks), columns, blocks)
+        heads = 1 if self.rows else layout.heads
+        cache = chosen((layout.batch, heads, s.q_blocks), rows, tiles).expand(-1, layout.heads, -1)
+        skip = chosen((layout.batch, layout.heads, s.q_blocks, s.kv_blocks), columns, blocks)
         skip[:, :, rows] = True
         skip[..., 0] |= ~skip.any(-1)
         return cache, skip
