@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +123,10 @@ class StepGraphs:
                 engine.journal.written() as written,
                 engine.buffers.watched() as used,
             ):
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                with (
+                    _no_collection(),
+                    torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+                ):
                     result = forward(*args, **kwargs)
                     engine.traffic.join()
         except RuntimeError as error:
@@ -150,6 +155,20 @@ class StepGraphs:
         # The graph's own outputs are overwritten at its next replay.
         outputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in graph.outputs]
         return pytree.tree_unflatten(outputs, graph.outputs_spec)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, no cycles are collected: what lies in them may be CUDA's (an older graph, events), and giving
+    it back would end a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _room_for(tensor: Tensor) -> Tensor:

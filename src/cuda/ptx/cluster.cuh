@@ -29,11 +29,12 @@ __device__ inline void arrive_at(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-/// Writes `value` over `to` in block `rank`, and its 4 bytes count at `barrier` there.
+/// Writes `value` over `to` in block `rank`, and arrives at `barrier` there.
 __device__ inline void send(int& to, int value, uint64_t& barrier, int rank) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
-                   address_in(shared_address(&to), rank)),
-               "r"(value), "r"(address_in(shared_address(&barrier), rank))
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address_in(shared_address(&to), rank)), "r"(value)
+               : "memory");
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                   address_in(shared_address(&barrier), rank))
                : "memory");
 }
 

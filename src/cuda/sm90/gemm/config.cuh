@@ -42,7 +42,8 @@ struct GemmConfig : GemmSizes {
     // barrier | full: arrivals, by     | empty: arrivals, by                   | guards
     // tiles   | 32, scheduler lanes    | every lane: loader, storer, consumers | tile
     // stages  | 1 + bytes, loaders     | consumer warps of the cluster         | stage; of this block: step
-    // claims  | 1 + 4 bytes, scheduler | schedulers of the cluster (rank 0's)  | claimed
+    // claims  | 1, rank 0's scheduler, | 1, rank 1's scheduler, at rank 0's    | claimed, of rank 1
+    //         |    at rank 1's         |                                       |
     // turn[i] | 1, storer: the other consumer's output has left; consumer i waits to fill staging
     // asked   | 1, loader: few steps of its last tile are left; the scheduler waits to claim the next one
     RingBarriers<kTileSlots> tiles;

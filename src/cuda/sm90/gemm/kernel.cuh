@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
   if (threadIdx.x == 0) {
     shared.tiles.init(32, Config::kTileReaders);
     shared.stages.init(1, Config::kConsumerWarps * p.sharers);
-    shared.claims.init(1, p.sharers);
+    shared.claims.init(1, 1);
     for (uint64_t& turn : shared.turn) ::cuda::ptx::mbarrier_init(&turn, 1);
     ::cuda::ptx::mbarrier_init(&shared.asked, 1);
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
@@ -89,28 +89,36 @@ struct GemmScheduler {
   /// The cluster's next tile, once the loader of rank 0 is about to need it: the first round's have the
   /// clusters' own numbers.
   __device__ int claim(int* counter) {
-    const int slot = claims.slot(), rank = ptx_ops::cluster_rank(), lane = ptx_ops::lane_index();
-    if (rank == 0) {
-      ptx_ops::wait_parity_relaxed(shared.asked, asked_phase);
-      asked_phase ^= 1;
-      claims.wait_empty_relaxed(shared.claims);
-      int claimed = 0;
-      if (lane == 0) claimed = static_cast<int>(gridDim.x) / sharers + atomicAdd(counter, 1);
-      claimed = __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
-      if (lane < sharers) ptx_ops::send(shared.claimed[slot], claimed, shared.claims.full[slot], lane);
-    }
-    if (lane == 0) ptx_ops::arrive_expect_bytes(shared.claims.full[slot], sizeof(int));
-    claims.wait_full_in_cluster(shared.claims);
-    const int claimed = shared.claimed[slot];
-    __syncwarp();
-    if (lane == 0)
-      ptx_ops::arrive_at(ptx_ops::address_in(ptx_ops::shared_address(&shared.claims.empty[slot]), 0));
+    const int claimed = ptx_ops::cluster_rank() == 0 ? claim_and_tell(counter) : hear();
     claims.advance();
     return claimed;
   }
   __device__ void hand_on() {
     ptx_ops::arrive(shared.tiles.full[published.slot()]);
     published.advance();
+  }
+
+ private:
+  __device__ int claim_and_tell(int* counter) {
+    ptx_ops::wait_parity_relaxed(shared.asked, asked_phase);
+    asked_phase ^= 1;
+    int claimed = 0;
+    if (ptx_ops::lane_index() == 0) claimed = static_cast<int>(gridDim.x) / sharers + atomicAdd(counter, 1);
+    if (sharers > 1) {
+      claims.wait_empty_relaxed(shared.claims);
+      const int slot = claims.slot();
+      if (ptx_ops::lane_index() == 0)
+        ptx_ops::send(shared.claimed[slot], claimed, shared.claims.full[slot], 1);
+    }
+    return __shfl_sync(ptx_ops::kWholeWarp, claimed, 0);
+  }
+  __device__ int hear() {
+    claims.wait_full_in_cluster(shared.claims);
+    const int slot = claims.slot(), claimed = shared.claimed[slot];
+    __syncwarp();
+    const uint32_t read = ptx_ops::address_in(ptx_ops::shared_address(&shared.claims.empty[slot]), 0);
+    if (ptx_ops::lane_index() == 0) ptx_ops::arrive_at(read);
+    return claimed;
   }
 };
 
