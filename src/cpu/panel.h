@@ -5,6 +5,8 @@
 // that a vector holds neighbouring columns. C is float32, row-major.
 #pragma once
 
+#include <utility>
+
 #include "src/cpu/convert.h"
 
 namespace flashomni::cpu {
@@ -71,36 +73,29 @@ inline int64_t padded(int64_t columns) {
   return (columns + kPanel - 1) / kPanel * kPanel;
 }
 
-template <class Units, int kRows>
-inline void micro_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t k, float* c, int64_t c_stride,
-                       bool accumulate) {
-  Float sum[kRows][2];
-  for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = accumulate ? load(c + r * c_stride) : Float{};
-    sum[r][1] = accumulate ? load(c + r * c_stride + kLanes) : Float{};
-  }
+template <class Units, int... kRow>
+inline void micro_tile(std::integer_sequence<int, kRow...>, const Unit* a, int64_t a_stride, const Unit* b,
+                       int64_t k, float* c, int64_t c_stride, bool accumulate) {
+  // Folds, not loops: sums that a loop indexes would pass through memory on their way in and out.
+  Float left[] = {(accumulate ? load(c + kRow * c_stride) : Float{})...};
+  Float right[] = {(accumulate ? load(c + kRow * c_stride + kLanes) : Float{})...};
   for (int64_t i = 0; i < k; ++i, b += kPanel) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      sum[r][0] = Units::multiply_add(sum[r][0], a + r * a_stride + i, b);
-      sum[r][1] = Units::multiply_add(sum[r][1], a + r * a_stride + i, b + kLanes);
-    }
+    ((left[kRow] = Units::multiply_add(left[kRow], a + kRow * a_stride + i, b),
+      right[kRow] = Units::multiply_add(right[kRow], a + kRow * a_stride + i, b + kLanes)),
+     ...);
   }
-  for (int r = 0; r < kRows; ++r) {
-    store(c + r * c_stride, sum[r][0]);
-    store(c + r * c_stride + kLanes, sum[r][1]);
-  }
+  ((store(c + kRow * c_stride, left[kRow]), store(c + kRow * c_stride + kLanes, right[kRow])), ...);
 }
 
-/// The rows that are left over, fewer than kMicroRows.
-template <class Units, int kRows>
-inline void micro_rest(int64_t rows, const Unit* a, int64_t a_stride, const Unit* b, int64_t k, float* c,
+/// A micro-tile of `rows` rows, at most kMost.
+template <class Units, int kMost>
+inline void micro_rows(int64_t rows, const Unit* a, int64_t a_stride, const Unit* b, int64_t k, float* c,
                        int64_t c_stride, bool accumulate) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows) {
-      micro_tile<Units, kRows>(a, a_stride, b, k, c, c_stride, accumulate);
+  if constexpr (kMost > 0) {
+    if (rows == kMost) {
+      micro_tile<Units>(std::make_integer_sequence<int, kMost>{}, a, a_stride, b, k, c, c_stride, accumulate);
     } else {
-      micro_rest<Units, kRows - 1>(rows, a, a_stride, b, k, c, c_stride, accumulate);
+      micro_rows<Units, kMost - 1>(rows, a, a_stride, b, k, c, c_stride, accumulate);
     }
   }
 }
@@ -110,12 +105,14 @@ template <class Units>
 inline void multiply(const Unit* a, int64_t a_stride, int64_t rows, const Unit* b, int64_t panel_stride,
                      int64_t panels, int64_t k, float* c, int64_t c_stride, bool accumulate) {
   for (int64_t p = 0; p < panels; ++p, b += panel_stride, c += kPanel) {
-    int64_t r = 0;
-    for (; r + kMicroRows <= rows; r += kMicroRows) {
-      micro_tile<Units, kMicroRows>(a + r * a_stride, a_stride, b, k, c + r * c_stride, c_stride, accumulate);
+    int64_t height;
+    for (int64_t r = 0; r < rows; r += height) {
+      // The last two share what is left: a few rows alone have too few sums to hide an addition's latency.
+      const int64_t left = rows - r;
+      height = left <= kMicroRows ? left : left < 2 * kMicroRows ? (left + 1) / 2 : kMicroRows;
+      micro_rows<Units, kMicroRows>(height, a + r * a_stride, a_stride, b, k, c + r * c_stride, c_stride,
+                                    accumulate);
     }
-    micro_rest<Units, kMicroRows - 1>(rows - r, a + r * a_stride, a_stride, b, k, c + r * c_stride, c_stride,
-                                      accumulate);
   }
 }
 
