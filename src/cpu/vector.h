@@ -49,15 +49,28 @@ inline Float maximum(Float a, Float b) {
 #endif
 }
 
+/// Folds the lanes of v into one: halves meet until one lane is left.
+template <class Fold>
+inline float fold_lanes(Float v, Fold&& fold) {
+#if defined(__AVX512F__)
+  v = fold(v, (Float)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4E));
+  v = fold(v, (Float)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xB1));
+  v = fold(v, (Float)_mm512_permute_ps((__m512)v, 0x4E));
+  return fold(v, (Float)_mm512_permute_ps((__m512)v, 0xB1))[0];
+#elif defined(__AVX2__)
+  v = fold(v, (Float)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1));
+  v = fold(v, (Float)_mm256_permute_ps((__m256)v, 0x4E));
+  return fold(v, (Float)_mm256_permute_ps((__m256)v, 0xB1))[0];
+#else
+  v = fold(v, Float{v[2], v[3], v[0], v[1]});
+  return fold(v, Float{v[1], v[0], v[3], v[2]})[0];
+#endif
+}
 inline float largest(Float v) {
-  float x = v[0];
-  for (int i = 1; i < kLanes; ++i) x = v[i] > x ? v[i] : x;
-  return x;
+  return fold_lanes(v, maximum);
 }
 inline float total(Float v) {
-  float x = v[0];
-  for (int i = 1; i < kLanes; ++i) x += v[i];
-  return x;
+  return fold_lanes(v, [](Float a, Float b) { return a + b; });
 }
 
 /// 2^x for x <= 128, relative error under 2e-7; 0 below -126 (and for -inf).
@@ -66,12 +79,11 @@ inline Float exp2_of(Float x) {
   const Float magic = splat(12582912.0f);        // 1.5 * 2^23: adding it rounds to an integer
   const Float shifted = low + magic;
   const Float f = low - (shifted - magic);  // in [-0.5, 0.5]
-  Float p = splat(1.5403530e-4f);
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
+  Float p = splat(1.32647273e-3f);          // least relative error among polynomials that are 1 at 0
+  p = p * f + 9.67151299e-3f;
+  p = p * f + 5.55073358e-2f;
+  p = p * f + 2.40222424e-1f;
+  p = p * f + 6.93147004e-1f;
   p = p * f + 1.0f;
   Int exponent;
   std::memcpy(&exponent, &shifted, sizeof exponent);
