@@ -1,9 +1,9 @@
-// Block-sparse attention. A tile is one active (batch element, head, query block); threads take tiles as they
-// come free, and a tile costs what its selected blocks cost.
+// Block-sparse attention. A tile is one active (batch element, head, query block); a thread takes a run of
+// tiles of one head, and a tile costs what its selected blocks cost.
 //
-// Within a tile the selected key/value blocks pass one by one: the block is packed, then strips of query rows
-// go through scores, online softmax and the product with the values while the strip's scores lie in the first
-// cache.
+// Key/value blocks pass one by one: a block that a tile of the run selects is packed, as float32 or pairs,
+// and serves all that select it. In each of those, strips of query rows go through scores, online softmax and
+// the product with the values while the strip's scores lie in the first cache.
 #pragma once
 
 #include <omp.h>
@@ -23,60 +23,86 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kStripRows = 4 * kMicroRows;
 constexpr int64_t kSummaryColumns = 128;  // skipped blocks whose summaries make one tile of columns
 
+constexpr int64_t kMostTiles = 8;          // of a run
+constexpr int64_t kRunBytes = 512 * 1024;  // a run's queries and outputs: about a second cache
+
+inline int64_t tiles_of_run(int64_t block_q, int64_t dim) {
+  return at_least(1, at_most(kMostTiles, kRunBytes / (block_q * dim * 8)));
+}
+
+/// What one tile of a run keeps.
+struct TileScratch {
+  Unit* query;
+  float *output, *row_max, *row_sum;
+};
+
 /// One thread's buffers. Sizes in elements of each array's type.
 struct AttentionScratch {
-  Unit *query, *keys, *values, *probabilities, *transpose;
-  float *scores, *output, *row_max, *row_sum, *bias, *rows;
+  Unit *keys, *values, *probabilities, *transpose;
+  float *scores, *bias, *rows;
+  TileScratch tiles[kMostTiles];
 
   AttentionScratch(Arena& arena, int64_t block_q, int64_t block_kv, int64_t head_dim) {
     const int64_t columns = padded(at_least(block_kv, kSummaryColumns)), dim = padded(head_dim);
-    query = arena.take<Unit>(block_q * dim);
     keys = arena.take<Unit>(columns * dim);
     values = arena.take<Unit>(columns * dim);
     probabilities = arena.take<Unit>(kStripRows * columns);
     transpose = arena.take<Unit>(8 * dim);
     scores = arena.take<float>(kStripRows * columns);
-    output = arena.take<float>(block_q * dim);
-    row_max = arena.take<float>(block_q);
-    row_sum = arena.take<float>(block_q);
     bias = arena.take<float>(columns);
     rows = arena.take<float>(2 * dim);
+    for (int64_t i = 0; i < tiles_of_run(block_q, dim); ++i) {
+      tiles[i].query = arena.take<Unit>(block_q * dim);
+      tiles[i].output = arena.take<float>(block_q * dim);
+      tiles[i].row_max = arena.take<float>(block_q);
+      tiles[i].row_sum = arena.take<float>(block_q * kLanes);  // by lanes: added up at the end
+    }
   }
 };
 
-/// A strip row's scores become probabilities in place; the row's maximum and sum move on. Returns what the
-/// row's output so far has to be multiplied by. Columns from `valid` on get probability 0.
-inline float softmax_row(float* row, int64_t valid, int64_t columns, float scale_log2, const float* bias,
-                         float& row_max, float& row_sum) {
-  for (int64_t c = valid; c < columns; ++c) row[c] = kMinusInfinity;
-  const Float scale = splat(scale_log2);
+/// How a row of products becomes scores in base 2: x * scale + bias.
+struct Scores {
+  const float* row;
+  Float scale;
+  const float* bias;  // may be null
+
+  Float operator()(int64_t c) const {
+    const Float x = load(row + c) * scale;
+    return bias == nullptr ? x : x + load(bias + c);
+  }
+  /// The last vector, of which only `valid` lanes are columns.
+  Float last(int64_t c, int64_t valid) const {
+    Float x = (*this)(c);
+    for (int64_t j = valid; j < kLanes; ++j) x[j] = kMinusInfinity;
+    return x;
+  }
+};
+
+inline float peak_of(const Scores& scores, int64_t valid) {
   Float peak = splat(kMinusInfinity);
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    Float x = load(row + c) * scale;
-    if (bias != nullptr) x += load(bias + c);
-    if (c + kLanes > valid) {
-      // A negative scale would turn the padding into +inf.
-      for (int64_t j = at_least(valid - c, 0); j < kLanes; ++j) x[j] = kMinusInfinity;
-    }
-    store(row + c, x);
-    peak = maximum(peak, x);
-  }
-  const float new_max = row_max > largest(peak) ? row_max : largest(peak);
-  if (new_max == kMinusInfinity) {  // nothing seen yet: no shift exists
-    std::memset(row, 0, static_cast<size_t>(columns) * sizeof(float));
-    return 1.0f;
-  }
-  const float rescale = row_max == new_max ? 1.0f : exp2_of(splat(row_max - new_max))[0];
-  const Float shift = splat(new_max);
+  int64_t c = 0;
+  for (; c + kLanes <= valid; c += kLanes) peak = maximum(peak, scores(c));
+  if (c < valid) peak = maximum(peak, scores.last(c, valid - c));
+  return largest(peak);
+}
+
+/// Writes the row's probabilities 2^(score - shift), 0 from column `valid` on; returns their sum by lanes.
+inline Float exponentials(const Scores& scores, int64_t valid, int64_t columns, float shift, float* out) {
   Float sum{};
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    const Float p = exp2_of(load(row + c) - shift);
-    store(row + c, p);
+  int64_t c = 0;
+  for (; c + kLanes <= valid; c += kLanes) {
+    const Float p = exp2_of(scores(c) - splat(shift));
+    store(out + c, p);
     sum += p;
   }
-  row_max = new_max;
-  row_sum = row_sum * rescale + total(sum);
-  return rescale;
+  if (c < valid) {
+    const Float p = exp2_of(scores.last(c, valid - c) - splat(shift));
+    store(out + c, p);
+    sum += p;
+    c += kLanes;
+  }
+  for (; c < columns; c += kLanes) store(out + c, Float{});
+  return sum;
 }
 
 inline void scale_row(float* row, int64_t n, float factor) {
@@ -157,34 +183,40 @@ inline Sequence<T> sequence_of(const AttentionCall<T>& call, int64_t b) {
   return s;
 }
 
-/// One tile on its way: query rows packed, output and softmax state so far.
+/// A run of one head's tiles on their way: query rows packed, outputs and softmax states so far.
 template <class T>
-class Tile {
+class Run {
   using Units = typename UnitsOf<T>::type;
 
  public:
-  Tile(const AttentionCall<T>& call, const Sequence<T>& s, const AttentionScratch& scratch, int64_t head,
-       int64_t block)
-      : call_(call), s_(s), m_(scratch), head_(head), first_row_(block * call.block_q) {
-    rows_ = at_most(call.block_q, s.q_tokens - first_row_);
-    q_units_ = units<Units>(call.head_dim);
-    for (int64_t r = 0; r < rows_; ++r) {
-      Units::make(s.q + (first_row_ + r) * s.q_row + head * s.q_head, call.head_dim, m_.query + r * q_units_);
-      m_.row_max[r] = kMinusInfinity;
-      m_.row_sum[r] = 0.0f;
+  Run(const AttentionCall<T>& call, const Sequence<T>& s, const AttentionScratch& scratch, int64_t head)
+      : call_(call), s_(s), m_(scratch), head_(head), q_units_(units<Units>(call.head_dim)) {}
+
+  void add(int64_t block) {
+    Tile& tile = tiles_[count_];
+    tile = {m_.tiles[count_], block * call_.block_q, 0, (block * call_.heads + head_) * s_.kv_blocks, false};
+    tile.rows = at_most(call_.block_q, s_.q_tokens - tile.first_row);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      Units::make(s_.q + (tile.first_row + r) * s_.q_row + head_ * s_.q_head, call_.head_dim,
+                  tile.query + r * q_units_);
+      tile.row_max[r] = kMinusInfinity;
+      store(tile.row_sum + r * kLanes, Float{});
     }
+    ++count_;
   }
 
-  void run(int64_t block) {
-    const int64_t first_bit = (block * call_.heads + head_) * s_.kv_blocks;
-    for (int64_t j = 0; j < s_.kv_blocks; ++j) {
-      if (bit_at(s_.skip, first_bit + j)) visit_block(j);
-    }
-    if (call_.a.k_mean.ndim >= 0 && s_.skip != nullptr) visit_summaries(first_bit);
-    finish();
+  void finish() {
+    for (int64_t j = 0; j < s_.kv_blocks; ++j) visit_block(j);
+    if (call_.a.k_mean.ndim >= 0 && s_.skip != nullptr) visit_summaries();
+    for (int64_t i = 0; i < count_; ++i) write(tiles_[i]);
   }
 
  private:
+  struct Tile : TileScratch {
+    int64_t first_row, rows, first_bit;
+    bool begun;
+  };
+
   int64_t block_length(int64_t j) const {
     const int64_t length = at_most(call_.block_kv, s_.kv_tokens - j * call_.block_kv);
     if (call_.a.kv_block_len.ndim < 0) return length;
@@ -192,59 +224,78 @@ class Tile {
   }
 
   void visit_block(int64_t j) {
-    const int64_t first = j * call_.block_kv, kv_head = head_ / call_.group;
-    int64_t columns = block_length(j), visible = columns;
-    if (call_.a.causal) {
-      // The last row sees most; a block that even it does not see is none of ours.
-      visible = first_row_ + rows_ + s_.kv_tokens - s_.q_tokens - first;
-      columns = at_most(columns, visible);
+    const int64_t first = j * call_.block_kv, kv_head = head_ / call_.group, length = block_length(j);
+    bool packed = false;
+    for (int64_t i = 0; i < count_; ++i) {
+      Tile& tile = tiles_[i];
+      if (!bit_at(s_.skip, tile.first_bit + j)) continue;
+      int64_t columns = length, visible = length;
+      if (call_.a.causal) {
+        // The last row sees most; a block that even it does not see is none of ours.
+        visible = tile.first_row + tile.rows + s_.kv_tokens - s_.q_tokens - first;
+        columns = at_most(length, visible);
+      }
+      if (columns <= 0) continue;
+      if (!packed) {
+        pack(s_.k + first * s_.k_row + kv_head * s_.k_head, s_.k_row,
+             s_.v + first * s_.v_row + kv_head * s_.v_head, s_.v_row, length);
+        packed = true;
+      }
+      const bool diagonal = call_.a.causal && visible - tile.rows < columns;
+      absorb(tile, columns, nullptr, diagonal ? visible - tile.rows + 1 : columns, diagonal);
     }
-    if (columns <= 0) return;
-    const bool diagonal = call_.a.causal && visible - rows_ < columns;
-    absorb(s_.k + first * s_.k_row + kv_head * s_.k_head, s_.k_row,
-           s_.v + first * s_.v_row + kv_head * s_.v_head, s_.v_row, columns, nullptr,
-           diagonal ? visible - rows_ + 1 : columns, diagonal);
   }
 
   /// Skipped blocks, each stood for by its mean key and value with the weight of its length.
-  void visit_summaries(int64_t first_bit) {
+  void visit_summaries() {
     const TensorView &k = call_.a.k_mean, &v = call_.a.v_mean;
     const int64_t kv_head = head_ / call_.group, b = s_.index;
     const float* keys = static_cast<const float*>(k.data) + b * k.strides[0] + kv_head * k.strides[2];
     const float* values = static_cast<const float*>(v.data) + b * v.strides[0] + kv_head * v.strides[2];
     for (int64_t j = 0; j < s_.kv_blocks; j += kSummaryColumns) {
       const int64_t columns = at_most(kSummaryColumns, s_.kv_blocks - j);
-      bool any = false;
-      for (int64_t c = 0; c < padded(columns); ++c) {
-        const bool skipped = c < columns && !bit_at(s_.skip, first_bit + j + c) && block_length(j + c) > 0;
-        m_.bias[c] = skipped ? __builtin_log2f(static_cast<float>(block_length(j + c))) : kMinusInfinity;
-        any |= skipped;
-      }
-      if (any) {
-        absorb(keys + j * k.strides[1], k.strides[1], values + j * v.strides[1], v.strides[1], columns,
-               m_.bias, columns, false);
+      bool packed = false;
+      for (int64_t i = 0; i < count_; ++i) {
+        if (!weigh_summaries(tiles_[i], j, columns)) continue;
+        if (!packed) {
+          pack(keys + j * k.strides[1], k.strides[1], values + j * v.strides[1], v.strides[1], columns);
+          packed = true;
+        }
+        absorb(tiles_[i], columns, m_.bias, columns, false);
       }
     }
   }
 
-  /// Row r of the tile sees `first_valid` + r columns where `diagonal`, `columns` otherwise.
+  /// Sets the bias of the summaries from block `first` on; false if the tile skips none of those blocks.
+  bool weigh_summaries(const Tile& tile, int64_t first, int64_t columns) {
+    bool any = false;
+    for (int64_t c = 0; c < padded(columns); ++c) {
+      const int64_t j = first + c;
+      const bool skipped = c < columns && !bit_at(s_.skip, tile.first_bit + j) && block_length(j) > 0;
+      m_.bias[c] = skipped ? __builtin_log2f(static_cast<float>(block_length(j))) : kMinusInfinity;
+      any |= skipped;
+    }
+    return any;
+  }
+
   template <class S>
-  void absorb(const S* keys, int64_t key_row, const S* values, int64_t value_row, int64_t columns,
-              const float* bias, int64_t first_valid, bool diagonal) {
-    const int64_t wide = padded(columns), dim = call_.dim, k_units = units<Units>(columns);
-    const int64_t value_panel = k_units * kPanel;
+  void pack(const S* keys, int64_t key_row, const S* values, int64_t value_row, int64_t columns) {
+    value_panel_ = units<Units>(columns) * kPanel;
     pack_transposed<Units>(keys, key_row, columns, call_.head_dim, m_.keys, q_units_ * kPanel, m_.transpose);
-    pack_rows(Units{}, values, value_row, call_.head_dim, columns, m_.values, value_panel, m_.rows);
-    for (int64_t r = 0; r < rows_; r += kStripRows) {
-      const int64_t strip = at_most(kStripRows, rows_ - r);
-      multiply<Units>(m_.query + r * q_units_, q_units_, strip, m_.keys, q_units_ * kPanel, wide / kPanel,
+    pack_rows(Units{}, values, value_row, call_.head_dim, columns, m_.values, value_panel_, m_.rows);
+  }
+
+  /// The tile takes the first `columns` of the packed keys and values in. Its row r sees `first_valid` + r of
+  /// them where `diagonal`, all otherwise.
+  void absorb(Tile& tile, int64_t columns, const float* bias, int64_t first_valid, bool diagonal) {
+    const int64_t wide = padded(columns), dim = call_.dim;
+    for (int64_t r = 0; r < tile.rows; r += kStripRows) {
+      const int64_t strip = at_most(kStripRows, tile.rows - r);
+      multiply<Units>(tile.query + r * q_units_, q_units_, strip, m_.keys, q_units_ * kPanel, wide / kPanel,
                       q_units_, m_.scores, wide, false);
-      for (int64_t i = 0; i < strip; ++i) {
-        const int64_t seen = diagonal ? at_least(0, at_most(columns, first_valid + r + i)) : columns;
-        const float rescale = softmax_row(m_.scores + i * wide, seen, wide, call_.scale_log2, bias,
-                                          m_.row_max[r + i], m_.row_sum[r + i]);
-        if (begun_ && rescale != 1.0f) scale_row(m_.output + (r + i) * dim, dim, rescale);
-      }
+      softmax(tile, r, strip, wide, bias, [&](int64_t row) {
+        return diagonal ? at_least(0, at_most(columns, first_valid + row)) : columns;
+      });
       const Unit* p = reinterpret_cast<const Unit*>(m_.scores);
       int64_t p_stride = wide;
       if constexpr (Units::kElements > 1) {
@@ -254,26 +305,54 @@ class Tile {
           Units::make(m_.scores + i * wide, wide, m_.probabilities + i * p_stride);
         }
       }
-      multiply<Units>(p, p_stride, strip, m_.values, value_panel, dim / kPanel, k_units, m_.output + r * dim,
-                      dim, begun_);
+      multiply<Units>(p, p_stride, strip, m_.values, value_panel_, dim / kPanel, units<Units>(columns),
+                      tile.output + r * dim, dim, tile.begun);
     }
-    begun_ = true;
+    tile.begun = true;
   }
 
-  void finish() {
-    for (int64_t r = 0; r < rows_; ++r) {
-      T* out = s_.out + (first_row_ + r) * s_.out_row + head_ * s_.out_head;
-      float* row = m_.output + r * call_.dim;
-      const bool empty = !begun_ || m_.row_max[r] == kMinusInfinity;
+  /// Products of the tile's rows r, r + 1.. become probabilities in place; the rows' maxima, sums and outputs
+  /// so far move on. `seen(row)`: how many columns a row sees.
+  template <class Seen>
+  void softmax(Tile& tile, int64_t r, int64_t rows, int64_t wide, const float* bias, Seen&& seen) {
+    float peaks[kStripRows];  // all before the first exponential: rows do not wait for each other then
+    const auto scores_of = [&](int64_t i) {
+      return Scores{m_.scores + i * wide, splat(call_.scale_log2), bias};
+    };
+    for (int64_t i = 0; i < rows; ++i) peaks[i] = peak_of(scores_of(i), seen(r + i));
+    for (int64_t i = 0; i < rows; ++i) {
+      float &row_max = tile.row_max[r + i], *row_sum = tile.row_sum + (r + i) * kLanes;
+      const float new_max = row_max > peaks[i] ? row_max : peaks[i];
+      if (new_max == kMinusInfinity) {  // nothing seen yet: no shift exists
+        std::memset(m_.scores + i * wide, 0, static_cast<size_t>(wide) * sizeof(float));
+        continue;
+      }
+      const Float sum = exponentials(scores_of(i), seen(r + i), wide, new_max, m_.scores + i * wide);
+      if (row_max != new_max) {
+        const float rescale = exp2_of(splat(row_max - new_max))[0];
+        scale_row(row_sum, kLanes, rescale);
+        if (tile.begun) scale_row(tile.output + (r + i) * call_.dim, call_.dim, rescale);
+        row_max = new_max;
+      }
+      store(row_sum, load(row_sum) + sum);
+    }
+  }
+
+  void write(const Tile& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      T* out = s_.out + (tile.first_row + r) * s_.out_row + head_ * s_.out_head;
+      float* row = tile.output + r * call_.dim;
+      const float sum = total(load(tile.row_sum + r * kLanes));
+      const bool empty = tile.row_max[r] == kMinusInfinity;
       if (empty) {
         std::memset(row, 0, static_cast<size_t>(call_.dim) * sizeof(float));
       } else {
-        scale_row(row, call_.dim, 1.0f / m_.row_sum[r]);
+        scale_row(row, call_.dim, 1.0f / sum);
       }
       from_floats(row, out, call_.head_dim);
       if (s_.lse != nullptr) {
-        s_.lse[(first_row_ + r) * s_.lse_row + head_ * s_.lse_head] =
-            empty ? kMinusInfinity : m_.row_max[r] + __builtin_log2f(m_.row_sum[r]);
+        s_.lse[(tile.first_row + r) * s_.lse_row + head_ * s_.lse_head] =
+            empty ? kMinusInfinity : tile.row_max[r] + __builtin_log2f(sum);
       }
     }
   }
@@ -281,8 +360,8 @@ class Tile {
   const AttentionCall<T>& call_;
   const Sequence<T>& s_;
   const AttentionScratch& m_;
-  int64_t head_, first_row_, rows_, q_units_;
-  bool begun_ = false;
+  int64_t head_, q_units_, value_panel_ = 0, count_ = 0;
+  Tile tiles_[kMostTiles];
 };
 
 template <class T>
@@ -291,22 +370,36 @@ inline void attention_as(const AttentionArguments& arguments, void* workspace, i
   Arena measure(nullptr);
   AttentionScratch(measure, call.block_q, call.block_kv, call.head_dim);
   const size_t per_thread = measure.used();
-  // Ragged elements differ in their number of blocks; empty tiles past an element's end cost a comparison.
+  // Ragged elements differ in their number of blocks; tiles past an element's end cost a comparison.
   int64_t most_blocks = 0;
   for (int64_t b = 0; b < call.batch(); ++b)
     most_blocks = at_least(most_blocks, sequence_of(call, b).q_blocks);
   const int64_t tiles = call.batch() * call.heads * most_blocks;
+  const int64_t longest = tiles_of_run(call.block_q, call.dim);
+  int64_t next = 0;
 #pragma omp parallel num_threads(threads)
   {
     Arena arena(static_cast<char*>(workspace) + per_thread * static_cast<size_t>(omp_get_thread_num()));
     const AttentionScratch scratch(arena, call.block_q, call.block_kv, call.head_dim);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t block = t % most_blocks, head = t / most_blocks % call.heads,
-                    b = t / most_blocks / call.heads;
-      const Sequence<T> s = sequence_of(call, b);
-      if (block >= s.q_blocks || !bit_at(s.cache, block * call.heads + head)) continue;
-      Tile<T>(call, s, scratch, head, block).run(block);
+    const auto upcoming = [&next] { return __atomic_load_n(&next, __ATOMIC_RELAXED); };
+    for (int64_t t = upcoming(); t < tiles; t = upcoming()) {
+      // Shorter runs towards the end, so that the threads end together.
+      const int64_t length = at_least(1, at_most(longest, (tiles - t) / (4 * threads)));
+      const int64_t head = t / most_blocks % call.heads, first = t % most_blocks;
+      const Sequence<T> s = sequence_of(call, t / most_blocks / call.heads);
+      int64_t blocks[kMostTiles], found = 0, block = first;
+      for (; block < s.q_blocks && found < length; ++block) {
+        if (bit_at(s.cache, block * call.heads + head)) blocks[found++] = block;
+      }
+      const int64_t end = found < length ? most_blocks : block;  // no more of this head
+      if (!__atomic_compare_exchange_n(&next, &t, t - first + end, false, __ATOMIC_RELAXED,
+                                       __ATOMIC_RELAXED)) {
+        continue;  // another thread took them
+      }
+      if (found == 0) continue;
+      Run<T> run(call, s, scratch, head);
+      for (int64_t i = 0; i < found; ++i) run.add(blocks[i]);
+      run.finish();
     }
   }
 }

@@ -313,6 +313,43 @@ TEST_P(AttentionTest, RaggedEqualsItsElements) {
   }
 }
 
+// One thread takes runs of several tiles, which share packed blocks; many threads take tiles one by one.
+TEST_P(AttentionTest, RunsOfTiles) {
+  for (const DType dtype : kTypes) {
+    Case c;
+    c.dtype = dtype, c.heads = 4, c.q_tokens = 350, c.kv_tokens = 333;
+    c.block_q = 64, c.block_kv = 64, c.threads = 1;
+    run_case(c, 71);
+    c.causal = true;
+    run_case(c, 72);
+    c.causal = false, c.summaries = true, c.short_blocks = true;
+    run_case(c, 73);
+  }
+}
+
+TEST_P(AttentionTest, ThreadsDoNotChangeTheBits) {
+  Random random(81);
+  SymbolGeometry g;
+  g.q_tokens = g.kv_tokens = 350, g.heads = 4, g.block_q = g.block_kv = 64;
+  const Masks masks = Masks::random(g, 1, 0.8, 0.6, random);
+  for (const DType dtype : kTypes) {
+    const Array q = Array::random(dtype, {1, 350, 4, 64}, random),
+                k = Array::random(dtype, {1, 350, 2, 64}, random);
+    const Array v = Array::random(dtype, {1, 350, 2, 64}, random);
+    std::vector<double> outs[2], lses[2];
+    for (const int i : {0, 1}) {
+      Array out(dtype, {1, 350, 4, 64}), lse(DType::kFloat32, {1, 350, 4});
+      AttentionArguments a;
+      a.q = q, a.k = k, a.v = v, a.out = out, a.lse = lse, a.symbols = masks.symbols();
+      a.symbols.block_q = a.symbols.block_kv = 64;
+      run_operator(attention_workspace, attention, a, i == 0 ? 1 : 16);
+      outs[i] = out.values(), lses[i] = lse.values();
+    }
+    EXPECT_EQ(outs[0], outs[1]) << name_of(dtype);
+    EXPECT_EQ(lses[0], lses[1]) << name_of(dtype);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Isa, AttentionTest, ::testing::ValuesIn(testing::instruction_sets()),
                          [](const auto& info) { return info.param; });
 
