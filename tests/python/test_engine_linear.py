@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashomni.engine.linear import dense_linear, is_torchs, linear_tiles
+from flashomni.engine.linear import add_product, dense_linear, linear_tiles
 
 GELU = {"gelu_tanh": "tanh", "gelu": "none"}
 
@@ -61,7 +61,18 @@ def test_a_gpu_does_dense_layers_by_torch(
         torch.testing.assert_close(found.double(), want(x, weight, bias, activation), atol=2e-2, rtol=2e-2)
 
 
-def test_only_a_gpus_dense_layers_are_torchs() -> None:
+@pytest.mark.parametrize("joint", [True, False], ids=["rows of a joint buffer", "contiguous"])
+def test_products_are_added(joint: bool) -> None:
+    x, weight = torch.randn(2, 37, 64), torch.randn(96, 80)[:, 16:]
+    out = torch.randn(2, 60, 96)[:, 5:42] if joint else torch.randn(2, 37, 96)
+    before = out.double()
+    add_product(x, weight, out)
+    torch.testing.assert_close(out.double(), before + x.double() @ weight.double().t(), atol=5e-5, rtol=0)
+
+
+def test_on_a_cpu_the_operator_does_dense_layers(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "mm", None)
+    monkeypatch.setattr(torch, "addmm", None)
     x, weight, out = torch.randn(1, 8, 16), torch.randn(4, 16), torch.zeros(1, 8, 4)
-    assert not is_torchs(x, None) and not is_torchs(x, out)
-    assert linear_tiles(x, weight, None, out=out) is out and out.abs().sum() > 0
+    assert linear_tiles(x, weight, None, out=out) is out
+    torch.testing.assert_close(out, x @ weight.t())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flashomni import ops
 from flashomni.engine.kept import Kept, forecast, unit
 from flashomni.engine.linear import (
+    add_product,
     apply_linear,
     linear_tiles,
     norm_across_heads,
@@ -54,8 +55,8 @@ class Output:
 class Attention:
     """A joint attention as a model asks for it.
 
-    `o` [B, S, K] receives the heads' outputs in its first heads * head_dim columns; the columns past them (a
-    parallel MLP) hold what the caller put there and go through the output projections too.
+    `o` [B, S, heads * head_dim] receives the heads' outputs. `past` [B, S, K] (a parallel MLP's) goes through
+    the output projection beside it, as the columns past the heads.
 
     text: where the text lies; its length is 0 where there is none. condition: tokens that no policy may cache
     or skip either. valid: tokens a batch element, where padding ends the sequence: no key past them is seen.
@@ -70,6 +71,7 @@ class Attention:
     streams: list[Stream]
     outputs: list[Output]
     o: Tensor
+    past: Tensor | None = None
     rope: tuple[Tensor, Tensor] | Callable[[Tensor, int], None] | None = None
     condition: Segment | None = None
     valid: tuple[int, ...] | None = None
@@ -96,8 +98,7 @@ class LayerRun:
         )
         # Where nothing can be cached, nothing is kept either.
         self.caches = attention.text.length > 0 or not getattr(engine.policy, "caches_by_text", False)
-        self.o_heads = o[..., : attention.width]
-        self.o4 = self.o_heads.unflatten(-1, (attention.heads, attention.head_dim))
+        self.o4 = o.unflatten(-1, (attention.heads, attention.head_dim))
 
     def run(self) -> list[Tensor]:
         """The outputs [B, rows, N], one a projection."""
@@ -138,7 +139,7 @@ class LayerRun:
         q, k, _ = self._qkv()
         measures = Measures(engine.policy.needs, q, k, state.symbols)
         self._attend(None, measures)
-        derivatives = self._record(keep=True) if self.caches else [self.o_heads]
+        derivatives = self._record(keep=True) if self.caches else [self.a.o]
         with engine.ledger("select"):
             stats = measures.stats()
             if "o_change" in engine.policy.needs and len(derivatives) > 1:
@@ -157,7 +158,7 @@ class LayerRun:
         coefficients = state.coefficients(engine, state.orders)
         if state.keeps_o:
             with engine.ledger("forecast"):
-                forecast(state.history[: state.orders], coefficients, self.o_heads)
+                forecast(state.history[: state.orders], coefficients, self.a.o)
         if not state.reuse_all:
             self._attend(state.symbols)
         if state.keeps_o or not self.caches:
@@ -260,10 +261,10 @@ class LayerRun:
         persistent = order + 1 if state.keeps_o else order
         valid, gap = state.history_of(engine)
         if persistent == 0:
-            return [self.o_heads]
+            return [self.a.o]
         on_host = engine.config.history == "host" and not state.keeps_o
         while len(state.history) < persistent:
-            state.history.append(self._keep(f"history {len(state.history)}", self.o_heads, on_host))
+            state.history.append(self._keep(f"history {len(state.history)}", self.a.o, on_host))
         del state.history[persistent:]
         kept = state.history[: valid + 1]
         shares_last = len(kept) < valid + 1 and keep
@@ -271,9 +272,9 @@ class LayerRun:
         with engine.ledger("forecast"):
             derivatives = [one.read() if i < reads else one.space() for i, one in enumerate(kept)]
             if shares_last:
-                shape = tuple(self.o_heads.shape)
+                shape = tuple(self.a.o.shape)
                 derivatives.append(engine.buffers.take("last_difference", shape, self.a.o))
-            ops.taylor_update(self.o_heads, derivatives, gap=float(gap), valid=reads)
+            ops.taylor_update(self.a.o, derivatives, gap=float(gap), valid=reads)
             for one, tensor in zip(kept, derivatives, strict=False):
                 one.keep(tensor)
         engine.journal.now(partial(state.note_recorded, engine, valid + 1))
@@ -309,6 +310,7 @@ class LayerRun:
             state.symbols,
             head_dim=a.head_dim,
             row_offset=output.start,
+            past=self._past(output),
             derivatives=[self._rows(d, output) for d in derivatives],
             cached=products,
         )
@@ -335,14 +337,23 @@ class LayerRun:
                 state.symbols,
                 head_dim=self.a.head_dim,
                 row_offset=output.start,
+                past=self._past(output),
             )
 
     def _dense(self, output: Output) -> Tensor:
-        o = self._rows(self.a.o, output)
+        o, past, linear = self._rows(self.a.o, output), self._past(output), output.linear
         with self.engine.ledger("gemm_o"):
-            if why_not_plain(output.linear, o.dtype) is None:
-                return linear_tiles(o, output.linear.weight, output.linear.bias)
-            return output.linear(o)
+            if why_not_plain(linear, o.dtype) is not None:
+                return linear(o if past is None else torch.cat([o, past], dim=-1))
+            if past is None:
+                return linear_tiles(o, linear.weight, linear.bias)
+            of_heads, of_past = linear.weight.split([self.a.width, past.shape[-1]], dim=1)
+            out = linear_tiles(o, of_heads, linear.bias)
+            add_product(past, of_past, out)
+            return out
+
+    def _past(self, output: Output) -> Tensor | None:
+        return self._rows(self.a.past, output) if self.a.past is not None else None
 
     @staticmethod
     def _rows(tensor: Tensor, output: Output) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -65,11 +65,11 @@ def linear_tiles(
     activation: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """ops.gemm_q; on a GPU, where all tiles are active, torch's own product.
+    """ops.gemm_q; on a GPU, where all tiles are active, torch's own product: nothing is as fast as cuBLAS.
 
     x [B, M, K]; out [B, M, N], of which cached tiles stay as they were (None: a new tensor). Returns out.
     """
-    if symbols is not None or not is_torchs(x, out):
+    if symbols is not None or not x.is_cuda:
         return ops.gemm_q(x, weight, bias, symbols, row_offset=row_offset, activation=activation, out=out)
     if out is None:
         out = x.new_empty((*x.shape[:2], weight.shape[0]))
@@ -77,17 +77,9 @@ def linear_tiles(
     return out
 
 
-def is_torchs(x: Tensor, out: Tensor | None) -> bool:
-    """Whether torch does a dense layer: on a GPU cuBLAS is the fastest there is, but adds a bias on its way
-    only where there is nothing between the rows of `out`."""
-    return x.is_cuda and (out is None or out[0].is_contiguous())
-
-
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
     """out [B, M, N] = activation(x [B, M, K] weight^T + bias) by torch, without a tensor in between."""
-    whole = x.is_contiguous() and out.is_contiguous()
-    elements = [(x.flatten(0, 1), out.flatten(0, 1))] if whole else zip(x, out, strict=True)
-    for rows, into in elements:
+    for rows, into in _matrices(x, out):
         if bias is None:
             torch.mm(rows, weight.t(), out=into)
         elif activation == "gelu_tanh" and x.is_cuda:  # its GELU is the tanh form there, and only there
@@ -97,6 +89,19 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
             torch.addmm(bias, rows, weight.t(), out=into)
         if activation is not None:
             torch.ops.aten.gelu_(into, approximate=_APPROXIMATE[activation])
+
+
+def add_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [B, M, N] += x [B, M, K] weight^T by torch."""
+    for rows, into in _matrices(x, out):
+        into.addmm_(rows, weight.t())
+
+
+def _matrices(x: Tensor, out: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """The rows of both, of all batch elements at once where they lie one after the other."""
+    if x.is_contiguous() and out.is_contiguous():
+        return [(x.flatten(0, 1), out.flatten(0, 1))]
+    return zip(x, out, strict=True)
 
 
 def apply_linear(

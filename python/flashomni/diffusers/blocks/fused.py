@@ -60,7 +60,7 @@ class FusedBlocks(Blocks):
             tokens=tokens,
             outputs=((tokens, after.out_features),),
             keeps_o=keeps_o([after]),
-            scratch=(("o", tokens * after.in_features), ("mlp", tokens * hidden)),
+            scratch=(("o", tokens * layer.width), ("mlp", tokens * hidden)),
         )
 
 
@@ -88,13 +88,12 @@ class FusedProcessor(Processor):
         layer, spec, engine, x = self.layer, self.spec, self.engine, hidden_states
         refuse_masks(spec, layer.name, {"attention_mask": attention_mask})
         joint = self.call.lay_out_whole(x.shape[1])
-        width, after = layer.width, part(attn, spec.after)
+        after = part(attn, spec.after)
         q, k, v, mlp, hidden = self._projections(part(attn, spec.before), x)
-        both = engine.buffers.take("o", (*x.shape[:2], after.in_features), x)
         with engine.ledger("mlp"):
             inner = engine.buffers.take("mlp", (*x.shape[:2], hidden), x)
             apply_linear(mlp, x, inner)
-            both[..., width:].copy_(part(attn, spec.activation)(inner))
+            past = part(attn, spec.activation)(inner)
         norms = part(attn, spec.norm_q), part(attn, spec.norm_k)
         attention = Attention(
             layer=layer.index,
@@ -105,7 +104,8 @@ class FusedProcessor(Processor):
             valid=joint.valid,
             streams=[Stream(x, 0, q, k, v, *norms)],
             outputs=[Output(after, 0, joint.tokens)],
-            o=both,
+            o=engine.buffers.take("o", (*x.shape[:2], layer.width), x),
+            past=past,
             rope=rope_of(self.call, spec, image_rotary_emb, joint),
         )
         (out,) = engine.attend(attention)

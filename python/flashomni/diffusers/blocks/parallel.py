@@ -92,7 +92,8 @@ class ParallelBlocks(Blocks):
             outputs=((tokens, out.out_features),),
             keeps_o=keeps_o([out]),
             scratch=(
-                ("o", tokens * out.in_features),
+                ("o", tokens * layer.width),
+                ("past", tokens * (out.in_features - layer.width)),
                 *([("mlp", tokens * part(layer.block, self.mlp).out_features)] if self.gated else []),
             ),
         )
@@ -101,8 +102,8 @@ class ParallelBlocks(Blocks):
 class ParallelForward(InGraph):
     """forward() of such a block: image and text, each [B, tokens, C].
 
-    Attention and MLP write side by side into one buffer, so that one projection takes both without a copy. In
-    a compiled block these two and the projection are one operator; torch compiles what is around them.
+    In a compiled block attention, MLP and the projection of both are one operator; torch compiles what
+    is around them.
     """
 
     flashomni = True
@@ -161,8 +162,8 @@ class ParallelForward(InGraph):
         else:
             joint = self.call.lay_out(text.shape[1], tokens - text.shape[1])
         out = part(block, spec.out)
-        both = engine.buffers.take("o", (*x.shape[:2], out.in_features), x)
-        self._mlp(part(block, spec.mlp), x, both[..., layer.width :])
+        past = engine.buffers.take("past", (*x.shape[:2], out.in_features - layer.width), x)
+        self._mlp(part(block, spec.mlp), x, past)
         attention = Attention(
             layer=layer.index,
             heads=layer.heads,
@@ -172,7 +173,8 @@ class ParallelForward(InGraph):
             valid=joint.valid,
             streams=[stream_of(layer.attention, spec.stream, x, 0)],
             outputs=[Output(out, 0, joint.tokens)],
-            o=both,
+            o=engine.buffers.take("o", (*x.shape[:2], layer.width), x),
+            past=past,
             rope=rope_of(self.call, spec, arguments.get("rope"), joint),
         )
         return engine.attend(attention)[0]
