@@ -10,7 +10,7 @@ from typing import Any
 MAX_ORDER = 3
 BLOCKS = (64, 128)
 CACHE_DTYPES = ("model", "float8_e4m3")
-MLPS = ("dense", "follow")
+FOLLOWERS, FOLLOW = ("mlp", "cross_attention"), ("dense", "follow")
 PLACES = ("device", "host")
 
 
@@ -34,6 +34,7 @@ class Config:
     history: where what only Updates read is kept, "device" or "host": pinned memory, copied beside attention.
     mlp: "dense", or "follow" (not in the paper): in a Dispatch step, rows that are cached in all heads of an
         attention have the feed-forward after it forecast too. max_order + 1 more tensors are kept a layer.
+    cross_attention: "dense", or "follow": the same for a cross-attention after it, of Wan's make.
     policy: name of the policy that chooses the symbols.
     dense_layers: indices of transformer layers that stay dense.
     protect_conditions: tokens of pictures that are given (to edit) are never cached nor skipped, as text is.
@@ -57,6 +58,7 @@ class Config:
     cache_dtype: str = "model"
     history: str = "device"
     mlp: str = "dense"
+    cross_attention: str = "dense"
     policy: str = "flashomni"
     dense_layers: tuple[int, ...] = ()
     protect_conditions: bool = True
@@ -77,7 +79,8 @@ class Config:
         _check_number("ramp_power", self.ramp_power, "a finite number >= 0", lambda x: x >= 0)
         if not isinstance(self.policy, str) or not self.policy:
             raise TypeError(f"policy: expected a policy's name, got {self.policy!r}")
-        for name, known in (("cache_dtype", CACHE_DTYPES), ("history", PLACES), ("mlp", MLPS)):
+        choices = {"cache_dtype": CACHE_DTYPES, "history": PLACES} | dict.fromkeys(FOLLOWERS, FOLLOW)
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("protect_conditions", "cuda_graphs", "strict"):

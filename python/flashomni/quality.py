@@ -1,8 +1,7 @@
 """The quality sweep: how far sparse pictures of tiny_flux move from dense ones, and what is gained for it.
 
 Each drawn picture is one line of records.jsonl, so that a sweep can be cut anywhere and goes on from there;
-the
-documents are made from the lines alone.
+the documents are made from the lines alone.
 """
 
 from __future__ import annotations
@@ -56,8 +55,9 @@ def describe(config: Config) -> str:
     shown = {letter: getattr(config, field) for field, letter in FIELDS.items()}
     if not shown["S_q"]:
         del shown["S_q"]
-    fp8 = ["fp8"] if config.cache_dtype != "model" else []
-    return " ".join([*(f"{letter}={value:g}" for letter, value in shown.items()), *fp8])
+    more = ["fp8"] if config.cache_dtype != "model" else []
+    more += ["MLP follows"] if config.mlp == "follow" else []
+    return " ".join([*(f"{letter}={value:g}" for letter, value in shown.items()), *more])
 
 
 def settings() -> list[Setting]:
@@ -71,6 +71,8 @@ def settings() -> list[Setting]:
     changes += [
         {"disable_cache_before_step": 6},
         {"tau_q": 0.9, "tau_kv": 0.3},
+        {"mlp": "follow"},
+        {"tau_q": 0.9, "tau_kv": 0.3, "mlp": "follow"},
         {"tau_q": 0.9, "tau_kv": 0.05, "cache_interval": 6, "s_q": 0.3, "disable_cache_before_step": 12},
     ]
     dense = Config(**{**CENTRE, "policy": "dense", "max_order": 0})
@@ -132,8 +134,7 @@ def sweep(
     """Draws what is not drawn yet, prompt by prompt, and appends a line a picture to work/records.jsonl.
 
     only: names (or parts of names) of settings to draw; the reference is always drawn. limit: seconds after
-    which
-    no new picture is begun.
+    which no new picture is begun.
     """
     import torch
 

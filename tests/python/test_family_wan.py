@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from diffusers import (
@@ -26,7 +28,7 @@ from family_checks import (
 import flashomni
 from flashomni.diffusers.api import transformers_of
 from flashomni.engine.state import RowSymbols
-from flashomni.policies import RandomPolicy
+from flashomni.policies import Choice, Policy, RandomPolicy
 
 TINY = {
     "num_attention_heads": 2,
@@ -276,3 +278,103 @@ def test_parts_that_stay_in_float32_are_no_obstacle() -> None:
     for block in model.blocks:
         block.scale_shift_table.data = block.scale_shift_table.data.float()
     assert not any(row.notes for row in flashomni.explain(model).rows)
+
+
+class Sizes(NamedTuple):
+    """What OddRows looks at of a Layout."""
+
+    batch: int
+    heads: int
+
+
+class OddRows(Policy):
+    """Caches every second row block, in all heads."""
+
+    def select(self, step, layout, stats, state, choice) -> None:
+        s = choice.symbols
+        cache = torch.ones(layout.batch, layout.heads, s.q_blocks, dtype=torch.bool)
+        cache[:, :, 1::2] = False
+        choice.write(cache, torch.ones(*cache.shape, s.kv_blocks, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("order, cache_dtype", [(0, "model"), (1, "model"), (2, "model"), (1, "float8_e4m3")])
+def test_cross_attention_follows(order: int, cache_dtype: str) -> None:
+    """Cached rows are forecast from the model's own results at recorded steps, the others computed anew."""
+    pipe = pipeline()
+    settings = {"cross_attention": "follow", "max_order": order, "cache_dtype": cache_dtype}
+    engine = flashomni.enable(pipe, config(disable_cache_before_step=3, **settings), policy=OddRows())
+    module, steps = pipe.transformer.blocks[0].attn2, []
+    ours, own = module.processor, type(module.processor.original)()
+
+    def watched(attn, x, text, *given) -> torch.Tensor:
+        out = ours(attn, x, text, *given)
+        steps.append((engine.plan, own(attn, x, text, *given).double(), out.double()))
+        return out
+
+    module.processor = watched
+    draw(pipe, 11)
+    cache, _ = engine.contexts.get(engine.context, 0).symbols.masks()
+    active = cache.any(1)[:, torch.arange(steps[0][1].shape[1]) // 64].unsqueeze(-1)
+    assert 0 < int(active.sum()) < active.numel()
+    tolerance = 1e-5 if cache_dtype == "model" else 0.1
+    differences: list[torch.Tensor] = []
+    recorded = dispatches = 0
+    for index, (plan, exact, out) in enumerate(steps):
+        if plan.kind == "dispatch":
+            forecast = sum(d * plan.since_update**i / (1, 1, 2)[i] for i, d in enumerate(differences))
+            assert error(out, torch.where(active, exact, forecast)) < tolerance
+            dispatches += 1
+            continue
+        assert torch.equal(out, exact)
+        if plan.record or plan.kind == "update":
+            new = [exact]
+            for old in differences[:order]:
+                new.append((new[-1] - old) / (index - recorded))
+            differences, recorded = new[: order + 1], index
+    assert dispatches == 4
+
+
+def test_cross_attention_follows_in_all_runs() -> None:
+    """Guidance, batches, experts, compiled blocks, memory; and it can be undone."""
+    for make in (pipeline, experts):
+        pipe = make()
+        want = draw(pipe, 8)
+        settings = config(cross_attention="follow", policy="dense")
+        flashomni.enable(pipe, settings)
+        assert error(draw(pipe, 8), want) < ROUNDING
+        flashomni.disable(pipe)
+        assert torch.equal(draw(pipe, 8), want)
+    pipe, settings = pipeline(), config(cross_attention="follow", mlp="follow", policy="drift")
+    said = flashomni.memory(settings, pipe, image_tokens=168, text_tokens=20)
+    flashomni.enable(pipe, settings)
+    first = draw(pipe, 9)
+    assert said.by_kind == flashomni.stats(pipe).bytes_held
+    draw(pipe, 9, batch=2, guided=True)
+    assert torch.equal(draw(pipe, 9), first)
+    assert "forecast in 2 of 2 layers" in str(flashomni.explain(pipe, settings)).split("Cross-attention")[1]
+    assert "dense in every step" in str(flashomni.explain(pipeline())).split("Cross-attention")[1]
+    torch.compiler.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(draw(pipe, 9), first)
+    torch.compiler.reset()
+
+
+def test_cross_attention_to_a_picture_follows() -> None:
+    """Image to video: keys of the picture stand before those of 512 tokens of text."""
+    model = transformer(in_channels=12, image_dim=8, added_kv_proj_dim=128)
+    x, text = (torch.randn(2, rows, 128) for rows in (168, 512 + 7))
+    attention = model.blocks[0].attn2
+    with torch.no_grad():
+        want = attention(x, text)
+    engine = flashomni.enable(model, config(cross_attention="follow", max_order=0), policy=OddRows())
+    processor = attention.processor
+    with torch.no_grad():
+        state = engine.contexts.layer(
+            engine.context, 0, (2, 168, 2, 64, x.dtype, x.device), *(engine.config.block_q,) * 2
+        )
+        OddRows().select(None, Sizes(2, 2), None, {}, Choice(state.symbols))
+        state.decide_rows(spread=True)
+        out = processor._attend(attention, x, text, state.rows, torch.full_like(x, float("nan")))
+    active = state.symbols.masks()[0].any(1)[:, torch.arange(168) // 64]
+    assert error(out[active].double(), want[active].double()) < 1e-5
+    assert 0 < int(active.sum()) < active.numel() and bool(out[~active].isnan().all())

@@ -21,6 +21,7 @@ class Row:
     gemm_o: str
     notes: tuple[str, ...] = ()
     mlp: str = "dense"  # or "follow" (Config.mlp)
+    cross_attention: str = ""  # "dense" or "follow"; "": there is none that could
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,12 @@ def row_of(layer: Layer, config: Config) -> Row:
         "sparse" if caches and layer.gemm_o else "dense",
         notes,
         "follow" if config.mlp == "follow" and caches and layer.can_follow else "dense",
+        "" if layer.spec.cross_attention is None else _cross_attention(layer, config, caches),
     )
+
+
+def _cross_attention(layer: Layer, config: Config, caches: bool) -> str:
+    return "follow" if config.cross_attention == "follow" and caches and layer.cross_can_follow else "dense"
 
 
 def explanation(
@@ -105,6 +111,16 @@ def explanation(
         following = sum(row.mlp == "follow" for row in rows)
         feed_forward = (
             f"Feed-forward: rows cached in all heads are forecast in {following} of {len(rows)} layers."
+        )
+    crossing = sum(row.cross_attention == "follow" for row in rows)
+    if any(row.cross_attention for row in rows):
+        notes += (
+            "Cross-attention: "
+            + (
+                f"rows cached in all heads are forecast in {crossing} of {len(rows)} layers."
+                if crossing
+                else "dense in every step (Config.cross_attention)."
+            ),
         )
     kinds = tuple(step.kind for step in plan(num_steps, config)) if num_steps is not None else ()
     return Explanation(model, enabled, config, rows, (*_ALWAYS, feed_forward, *notes), kinds)

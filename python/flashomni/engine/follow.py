@@ -1,4 +1,4 @@
-"""Feed-forwards whose rows follow the attention: a row block that is cached in all heads is forecast too."""
+"""What follows an attention by rows: a row block that is cached in all heads is forecast there too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Compute = Callable[[SparseSymbols | None, Tensor | None], Tensor]
 
 @dataclass(slots=True)
 class Followed:
-    """What one feed-forward gave and how that changed: D + 1 differences of its output, [B, rows, N] each."""
+    """What one module gave and how that changed: D + 1 differences of its output, [B, rows, N] each."""
 
     kept: list[Kept] = field(default_factory=list)
     orders: int = 0
@@ -29,7 +29,7 @@ class Followed:
 
 
 def follow(engine, layer: int, name: str, compute: Compute) -> Tensor:
-    """The feed-forward `name` after the attention `layer` of the pass at hand.
+    """The module `name` (a feed-forward, a cross-attention) after the attention `layer` of the pass at hand.
 
     compute(rows, out) does it on the active rows (None: all) into `out` (None: a new tensor), returned.
     An Update keeps all of the result; a Dispatch forecasts all of it and computes the active rows anew.

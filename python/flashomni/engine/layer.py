@@ -233,8 +233,9 @@ class LayerRun:
         if a.condition is not None:
             state.protect(a.condition)
         state.decide_reuse(engine.config.max_order)
-        if engine.config.mlp == "follow" or any(stream.across_heads for stream in a.streams):
-            state.decide_rows()
+        spread = engine.config.cross_attention == "follow"
+        if spread or engine.config.mlp == "follow" or any(stream.across_heads for stream in a.streams):
+            state.decide_rows(spread=spread)
         state.measure_density()
 
     def _prepare_history(self) -> None:

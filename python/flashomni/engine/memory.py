@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flashomni.config import Config
 from flashomni.ops.forecast import SCALE_COLUMNS
@@ -17,8 +17,8 @@ class LayerShape:
 
     outputs: (rows, features) of each output projection. keeps_o: one of them is no plain linear layer, so
     that O itself is kept. scratch: (name, elements) of what it needs while it runs, which all layers share.
-    followers: (name, rows, features) of feed-forwards that can follow the attention. has_text: some of the
-    tokens are text.
+    followers: by the Config's field, (name, rows, features) of what can follow the attention. has_text: some
+    of the tokens are text.
     """
 
     name: str
@@ -28,8 +28,12 @@ class LayerShape:
     outputs: tuple[tuple[int, int], ...]
     keeps_o: bool = False
     scratch: tuple[tuple[str, int], ...] = ()
-    followers: tuple[tuple[str, int, int], ...] = ()
+    followers: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     has_text: bool = True
+
+    def following(self, config: Config) -> list[tuple[str, int, int]]:
+        """Those that do under `config`."""
+        return [one for name, one in self.followers.items() if getattr(config, name) == "follow"]
 
     def keeps_nothing(self, config: Config) -> bool:
         """Between steps, as nothing can be cached."""
@@ -122,8 +126,7 @@ def _layer(config: Config, layer: LayerShape, batch: int, contexts: int, itemsiz
         return each * sum(size for _, size in _forms(config, rows, width, itemsize))
 
     cached = 0 if layer.keeps_o else (order + 1) * sum(kept(*output) for output in layer.outputs)
-    if config.mlp == "follow":
-        cached += (order + 1) * sum(kept(rows, features) for _, rows, features in layer.followers)
+    cached += (order + 1) * sum(kept(rows, features) for _, rows, features in layer.following(config))
     history = (order + 1 if layer.keeps_o else order) * kept(layer.tokens, layer.width)
     symbols = contexts * _symbol_bytes(config, layer, batch)
     if config.history == "host" and not layer.keeps_o:
@@ -171,10 +174,10 @@ def _kept_scratch(config: Config, layer: LayerShape, itemsize: int) -> set[tuple
     if config.cache_dtype != "model" and not layer.keeps_o:
         products = [rows * features * itemsize for rows, features in layer.outputs]
         tensors |= {(f"product {i}", size) for i in range(order + 1) for size in products}
-    if config.cache_dtype != "model" and config.mlp == "follow":
+    if config.cache_dtype != "model":
         tensors |= {
             (f"{name} {i}", rows * features * itemsize)
-            for name, rows, features in layer.followers
+            for name, rows, features in layer.following(config)
             for i in range(order + 1)
         }
     return tensors

@@ -39,16 +39,20 @@ class Asleep:
 
 
 class RowSymbols:
-    """S_c with one head, for work that all heads of a row share: active where any head is."""
+    """S_c of whole row blocks, active where any head is: with one head, for work that all heads of a row
+    share, or the same for each of `heads`."""
 
-    def __init__(self, symbols: SparseSymbols):
+    def __init__(self, symbols: SparseSymbols, heads: int = 1):
         s = symbols
         with torch.inference_mode(False):
-            ones = SparseSymbols.ones(s.batch, 1, s.q_tokens, s.kv_tokens, s.block_q, s.block_kv, s.device)
+            ones = SparseSymbols.ones(
+                s.batch, heads, s.q_tokens, s.kv_tokens, s.block_q, s.block_kv, s.device
+            )
             self.symbols = replace(ones, cache=ones.cache.clone(), skip=None)
 
     def decide(self, symbols: SparseSymbols) -> None:
-        self.symbols.cache.copy_(pack(symbols.masks()[0].any(1)))
+        rows = symbols.masks()[0].any(1)
+        self.symbols.cache.copy_(pack(rows.repeat_interleave(self.symbols.heads, dim=1)))
 
 
 class Protection:
@@ -87,9 +91,10 @@ class LayerState:
     reuse_all: bool = False  # known on the host: S_c is zero everywhere, so that nothing is launched
     asleep: Asleep | None = None  # the same on a GPU, where the host does not know
     row_symbols: RowSymbols | None = None
+    spread_symbols: RowSymbols | None = None
     protections: dict[Segment, Protection] = field(default_factory=dict)
     keeps_o: bool = False  # O itself is forecast, as an output projection is no plain linear
-    followed: dict[str, Followed] = field(default_factory=dict)  # feed-forwards after the attention
+    followed: dict[str, Followed] = field(default_factory=dict)  # what follows the attention
     done: str = "full"  # what the pass at hand did here: "full", "record" (full, into the history), ..
     differences: tuple[int, int] = (0, 1)  # history_of() the last recorded step, before it was recorded
     measured: Tensor | None = None  # float32 [2, H], of the last Update: see keep_density()
@@ -111,10 +116,20 @@ class LayerState:
         """S_c of whole row blocks; valid once decide_rows() has been called."""
         return self.row_symbols.symbols
 
-    def decide_rows(self) -> None:
+    @property
+    def spread_rows(self) -> SparseSymbols:
+        """The same in every head, no key skipped; valid once decide_rows(spread=True) has been called."""
+        return self.spread_symbols.symbols
+
+    def decide_rows(self, *, spread: bool = False) -> None:
         if self.row_symbols is None:
             self.row_symbols = RowSymbols(self.symbols)
         self.row_symbols.decide(self.symbols)
+        if not spread:
+            return
+        if self.spread_symbols is None:
+            self.spread_symbols = RowSymbols(self.symbols, self.symbols.heads)
+        self.spread_symbols.decide(self.symbols)
 
     def protect(self, segment: Segment) -> None:
         if segment not in self.protections:  # one each: graphs read them by address

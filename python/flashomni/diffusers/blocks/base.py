@@ -39,7 +39,7 @@ class Blocks:
     path: of the ModuleList in the model. block: class name of the blocks there that this describes.
     attention: name of the attention in a block. processor: class name of the processor that ours stands for.
     feed_forward: names of the FeedForward modules in a block; the first can follow the attention
-    (Config.mlp).
+    (Config.mlp). cross_attention: name of one of Wan's make after the attention, which can follow it too.
     has_text: some of the tokens that attend to each other are text.
     rope: form of what the block gets as RoPE (flashomni.diffusers.rope); None: no RoPE. mask: argument in
     which the model passes the padding that the family's prepare() has dealt with; any other mask is refused.
@@ -51,6 +51,7 @@ class Blocks:
     processor: str
     has_text: bool = True
     feed_forward: tuple[str, ...] = ()
+    cross_attention: str | None = None
     rope: Callable | None = None
     mask: str | None = None
 
@@ -87,12 +88,19 @@ class Layer:
     refusal: str | None = None
     fallbacks: list[str] = field(default_factory=list)
     gemm_o: bool = True  # the output projections are ours
+    cross_refusal: str | None = None  # why the cross-attention cannot follow the attention
 
     @property
     def can_follow(self) -> bool:
         """Whether the feed-forward after the attention can have its rows forecast."""
         names = self.spec.feed_forward[:1]
         return bool(names) and not any(note.split()[0] == names[0] for note in self.fallbacks)
+
+    @property
+    def cross_can_follow(self) -> bool:
+        """The same for the cross-attention."""
+        name = self.spec.cross_attention
+        return name is not None and self.cross_refusal is None
 
     @property
     def attention(self) -> nn.Module:
@@ -198,11 +206,16 @@ def feed_forward_scratch(
     return found
 
 
-def followers(layer: Layer, rows: int) -> tuple[tuple[str, int, int], ...]:
-    """The feed-forward that can follow the attention, as (what their scratch is called, rows, features)."""
-    if not layer.can_follow:
-        return ()
-    return (("feed_forward", rows, part(layer.block, layer.spec.feed_forward[0]).net[2].out_features),)
+def followers(layer: Layer, rows: int) -> dict[str, tuple[str, int, int]]:
+    """What can follow the attention, by the Config's field: (what its scratch is called, rows, features)."""
+    found = {}
+    if layer.can_follow:
+        features = part(layer.block, layer.spec.feed_forward[0]).net[2].out_features
+        found["mlp"] = ("feed_forward", rows, features)
+    if layer.cross_can_follow:
+        features = part(layer.block, f"{layer.spec.cross_attention}.to_out.0").out_features
+        found["cross_attention"] = ("cross_attention", rows, features)
+    return found
 
 
 class Processor(InGraph):

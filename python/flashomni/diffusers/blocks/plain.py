@@ -23,6 +23,7 @@ from flashomni.diffusers.blocks.base import (
     rope_of,
     stream_of,
 )
+from flashomni.diffusers.blocks.cross_attention import FollowingCrossAttention, why_no_cross_attention
 from flashomni.diffusers.blocks.feed_forward import following_of, intercept_feed_forward, why_not_fused
 from flashomni.diffusers.call import Call
 from flashomni.engine import Attention, Output
@@ -46,6 +47,9 @@ class PlainBlocks(Blocks):
         layer.look_at(self.stream)
         for name in self.feed_forward:
             layer.look(layer.block, name, why_not_fused)
+        if self.cross_attention is not None:
+            dtype = next(layer.attention.parameters()).dtype
+            layer.cross_refusal = why_no_cross_attention(part(layer.block, self.cross_attention), dtype)
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
         restores = [
@@ -56,6 +60,9 @@ class PlainBlocks(Blocks):
         ]
         attention = layer.attention
         restores.append(put_processor(attention, PlainProcessor(call, layer, attention.processor)))
+        if call.engine.config.cross_attention == "follow" and layer.cross_can_follow:
+            cross = part(layer.block, self.cross_attention)
+            restores.append(put_processor(cross, FollowingCrossAttention(call, layer, cross)))
 
         def restore() -> None:
             for each in restores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashomni.diffusers import rope
 from flashomni.diffusers.blocks import PlainBlocks, Projections
-from flashomni.diffusers.families.base import ACROSS_HEADS, CROSS_DENSE, TEXTLESS, Family, textless_presets
+from flashomni.diffusers.families.base import ACROSS_HEADS, TEXTLESS, Family, textless_presets
 
 WIDE_NORMS = Projections(
     "to_q", "to_k", "to_v", "norm_q", "norm_k", out="to_out.0", after_out="to_out.1", across_heads=True
@@ -19,13 +19,14 @@ def _blocks(path: str, block: str) -> PlainBlocks:
         stream=WIDE_NORMS,
         processor="WanAttnProcessor",
         feed_forward=("ffn",),
+        cross_attention="attn2",
         has_text=False,
         rope=rope.batched_tables,
     )
 
 
 _PRESETS = textless_presets(tau_kv=0.05)
-_NOTES = (TEXTLESS, ACROSS_HEADS, CROSS_DENSE)
+_NOTES = (TEXTLESS, ACROSS_HEADS)
 
 WAN = Family(
     models=("WanTransformer3DModel",),
