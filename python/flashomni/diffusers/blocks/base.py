@@ -228,7 +228,7 @@ class Processor(InGraph):
         self.original = original
         self._attention_backend = getattr(original, "_attention_backend", None)
         self._parallel_config = getattr(original, "_parallel_config", None)
-        self.enroll(next(layer.attention.parameters()).device)
+        self.enroll(layer.attention)
 
     def run(self, arguments: dict[str, Any]) -> Any:
         return self(self.layer.attention, **arguments)

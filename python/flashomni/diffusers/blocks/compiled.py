@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashomni.ops._dispatch import define
 
@@ -25,12 +25,14 @@ _addresses: weakref.WeakValueDictionary[int, InGraph] = weakref.WeakValueDiction
 class InGraph:
     """A callable that takes tensors, tuples of them, integers or None by name, and returns tensors."""
 
-    def enroll(self, device: torch.device) -> None:
+    def enroll(self, module: nn.Module) -> None:
         """Gives it a number. Its `engine` must be there.
 
-        The number lies on the `device` of what it is called with: where an argument of an operator is on the
-        CPU, torch takes its results on the GPU to be badly aligned.
+        The number lies where the weights of `module` do, which it stands in for: where an argument of an
+        operator is on the CPU, torch takes its results on the GPU to be badly aligned. Quantized layers can
+        be without parameters: then on the CPU.
         """
+        device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
         number = next(_numbers)
         self.number = torch.tensor(number, device="cpu" if device.type == "meta" else device)
         _owners[number] = _addresses[self.number.data_ptr()] = self

@@ -49,7 +49,7 @@ class FusedFeedForward(InGraph):
     def __init__(self, engine: Engine, module: nn.Module, following: Following | None):
         self.engine, self.module, self.own = engine, module, type(module).forward
         self.following = following
-        self.enroll(next(module.parameters()).device)
+        self.enroll(module)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():

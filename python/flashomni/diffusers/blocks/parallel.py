@@ -114,7 +114,7 @@ class ParallelForward(InGraph):
         named = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = inspect.signature(self.own).parameters
         self.names = tuple(name for name, p in parameters.items() if p.kind is named)[1:]
-        self.enroll(next(self.block.parameters()).device)
+        self.enroll(self.block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         block, spec = self.block, self.spec
