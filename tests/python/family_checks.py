@@ -110,3 +110,23 @@ def check_sparse_runs(pipe, run: Run, *, steps: int = 8, **settings) -> flashomn
     assert stats.steps["dispatch"] > 0 and stats.density < 1 and not stats.notes
     flashomni.disable(pipe)
     return stats
+
+
+def check_forecast_rows(steps: list[tuple], active: torch.Tensor, order: int, tolerance: float) -> None:
+    """Of what follows an attention over 11 steps: (plan, the model's own result, ours) of each. Cached rows
+    are forecast from the model's own results at recorded steps, all others are the model's own."""
+    differences: list[torch.Tensor] = []
+    recorded = dispatches = 0
+    for index, (plan, exact, out) in enumerate(steps):
+        if plan.kind == "dispatch":
+            forecast = sum(d * plan.since_update**i / (1, 1, 2)[i] for i, d in enumerate(differences))
+            assert error(out, torch.where(active, exact, forecast)) < tolerance
+            dispatches += 1
+            continue
+        assert error(out, exact) < 1e-5
+        if plan.record or plan.kind == "update":
+            new = [exact]
+            for old in differences[:order]:
+                new.append((new[-1] - old) / (index - recorded))
+            differences, recorded = new[: order + 1], index
+    assert dispatches == 4

@@ -65,6 +65,12 @@ def test_a_level_has_its_density(text, given, tiles, whole):
     assert torch.equal(symbols.cache, before[0]) and torch.equal(symbols.skip, before[1])
 
 
+def run_tiny(**changes):
+    """A whole model's bench at the size of a test, on the CPU."""
+    small = {"device": "cpu", "dtype": torch.float32, "tiny": True, "say": lambda text: None}
+    return e2e_model.run(**(small | changes))
+
+
 def test_levels_that_cannot_be_are_refused():
     plans = schedule.plan(20, CONFIG)
     dispatches = sum(plan.kind == "dispatch" for plan in plans)
@@ -182,7 +188,7 @@ def check_rows(rows: list[dict], levels_wanted: set[str], steps: int) -> None:
 @pytest.mark.parametrize("name", [name for name in SERVED if name in APART])
 def test_a_model_end_to_end(name):
     said = []
-    rows = e2e_model.run(
+    rows = run_tiny(
         model=name,
         config=CONFIG,
         steps=14,
@@ -191,9 +197,6 @@ def test_a_model_end_to_end(name):
         arms=("eager", "graphs"),
         dense_compiled=False,
         rounds=1,
-        device="cpu",
-        dtype=torch.float32,
-        tiny=True,
         say=said.append,
     )
     check_rows(rows, {"20% sparse", "density 0.4", "as chosen"}, 14)
@@ -208,7 +211,7 @@ def test_compiled_arms(name):
     """No eager arm is needed: classes are of the first that there is."""
     torch.compiler.reset()
     said = []
-    rows = e2e_model.run(
+    rows = run_tiny(
         model=name,
         config=replace(CONFIG, policy="drift") if name == "wan-14b" else CONFIG,
         steps=14,
@@ -218,9 +221,6 @@ def test_compiled_arms(name):
         arms=("compiled", "compiled graphs"),
         backend="eager",
         rounds=1,
-        device="cpu",
-        dtype=torch.float32,
-        tiny=True,
         say=said.append,
     )
     wanted = {"20% sparse, rows", "20% sparse, rows, mlp follows"}
@@ -240,11 +240,11 @@ def test_compiled_arms(name):
         assert runs["as chosen"]["tiles"] < 1, "without text, what changes least is cached"
 
 
-def test_compilers_that_fail_lose_no_other_arm(monkeypatch):
+def test_compilers_that_fail_lose_no_other_arm():
     def fail(graph, inputs):
         raise RuntimeError("no such compiler")
 
-    rows = e2e_model.run(
+    rows = run_tiny(
         model="flux-dev",
         config=CONFIG,
         steps=8,
@@ -254,10 +254,6 @@ def test_compilers_that_fail_lose_no_other_arm(monkeypatch):
         arms=("eager", "compiled"),
         backend=fail,
         rounds=1,
-        device="cpu",
-        dtype=torch.float32,
-        tiny=True,
-        say=lambda text: None,
     )
     assert set(rows[0]["not_measured"]) == {"dense compiled", "compiled, density 0.6"}
     assert all("no such compiler" in reason for reason in rows[0]["not_measured"].values())
@@ -278,8 +274,7 @@ def test_nothing_is_left_of_compilation():
 
 
 def test_a_whole_run_measures_every_step(monkeypatch):
-    arguments = {"device": "cpu", "dtype": torch.float32, "tiny": True, "say": lambda text: None}
-    rows = e2e_model.run(
+    rows = run_tiny(
         model="flux-dev",
         config=CONFIG,
         steps=9,
@@ -290,7 +285,6 @@ def test_a_whole_run_measures_every_step(monkeypatch):
         dense_compiled=False,
         rounds=1,
         whole=True,
-        **arguments,
     )
     check_rows(rows, {"density 0.6"}, 9)
     (ours,) = [r for r in rows if r["case"]["what"] == "run" and r["case"]["level"] != "dense"]

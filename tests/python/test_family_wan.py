@@ -17,6 +17,7 @@ from diffusers import (
 )
 from family_checks import (
     ROUNDING,
+    check_forecast_rows,
     check_nothing_reused_is_dense,
     check_sparse_runs,
     config,
@@ -317,21 +318,8 @@ def test_cross_attention_follows(order: int, cache_dtype: str) -> None:
     active = cache.any(1)[:, torch.arange(steps[0][1].shape[1]) // 64].unsqueeze(-1)
     assert 0 < int(active.sum()) < active.numel()
     tolerance = 1e-5 if cache_dtype == "model" else 0.1
-    differences: list[torch.Tensor] = []
-    recorded = dispatches = 0
-    for index, (plan, exact, out) in enumerate(steps):
-        if plan.kind == "dispatch":
-            forecast = sum(d * plan.since_update**i / (1, 1, 2)[i] for i, d in enumerate(differences))
-            assert error(out, torch.where(active, exact, forecast)) < tolerance
-            dispatches += 1
-            continue
-        assert torch.equal(out, exact)
-        if plan.record or plan.kind == "update":
-            new = [exact]
-            for old in differences[:order]:
-                new.append((new[-1] - old) / (index - recorded))
-            differences, recorded = new[: order + 1], index
-    assert dispatches == 4
+    assert all(torch.equal(out, exact) for plan, exact, out in steps if plan.kind != "dispatch")
+    check_forecast_rows(steps, active, order, tolerance)
 
 
 def test_cross_attention_follows_in_all_runs() -> None:

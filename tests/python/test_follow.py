@@ -7,7 +7,7 @@ import test_family_cogvideox as cogvideox
 import test_family_pixart as pixart
 import test_family_sd3 as sd3
 import torch
-from family_checks import ROUNDING, config, error
+from family_checks import ROUNDING, check_forecast_rows, config, error
 from flux_models import draw as draw_flux
 from flux_models import tiny_pipeline
 from graph_stand_in import StandIn
@@ -72,23 +72,7 @@ def test_cached_rows_are_forecast_and_others_computed(name: str, order: int, cac
     active = cache.any(1)[:, (torch.arange(tokens) + start) // 64].unsqueeze(-1)
     assert 0 < int(active.sum()) < active.numel()
     tolerance = 1e-5 if cache_dtype == "model" else 0.1
-    differences: list[torch.Tensor] = []
-    recorded = dispatches = 0
-    for index, (plan, exact, out) in enumerate(steps):
-        if plan.kind == "dispatch":
-            k, forecast = plan.since_update, differences[0]
-            for i, difference in enumerate(differences[1:], start=1):
-                forecast = forecast + difference * k**i / (1, 1, 2)[i]
-            assert error(out, torch.where(active, exact, forecast)) < tolerance
-            dispatches += 1
-            continue
-        assert error(out, exact) < 1e-5
-        if plan.record or plan.kind == "update":
-            new = [exact]
-            for old in differences[:order]:
-                new.append((new[-1] - old) / (index - recorded))
-            differences, recorded = new[: order + 1], index
-    assert dispatches == 4
+    check_forecast_rows(steps, active, order, tolerance)
 
 
 def test_memory() -> None:

@@ -112,15 +112,10 @@ def explanation(
         feed_forward = (
             f"Feed-forward: rows cached in all heads are forecast in {following} of {len(rows)} layers."
         )
-    crossing = sum(row.cross_attention == "follow" for row in rows)
     if any(row.cross_attention for row in rows):
-        notes += (
-            "Cross-attention: "
-            + (
-                f"rows cached in all heads are forecast in {crossing} of {len(rows)} layers."
-                if crossing
-                else "dense in every step (Config.cross_attention)."
-            ),
-        )
+        crossing = sum(row.cross_attention == "follow" for row in rows)
+        forecast = f"rows cached in all heads are forecast in {crossing} of {len(rows)} layers"
+        how = forecast if crossing else "dense in every step (Config.cross_attention)"
+        notes += (f"Cross-attention: {how}.",)
     kinds = tuple(step.kind for step in plan(num_steps, config)) if num_steps is not None else ()
     return Explanation(model, enabled, config, rows, (*_ALWAYS, feed_forward, *notes), kinds)

@@ -99,8 +99,7 @@ class Layer:
     @property
     def cross_can_follow(self) -> bool:
         """The same for the cross-attention."""
-        name = self.spec.cross_attention
-        return name is not None and self.cross_refusal is None
+        return self.spec.cross_attention is not None and self.cross_refusal is None
 
     @property
     def attention(self) -> nn.Module:

@@ -16,7 +16,8 @@ from flashomni.diffusers.call import Call
 from flashomni.engine import apply_linear, follow, linear_tiles, norm_across_heads, why_not_plain
 from flashomni.symbols import SparseSymbols
 
-PLAIN = ("to_q", "to_out.0")  # what rows have to go through on their own
+_ROW_LINEARS = ("to_q", "to_out.0")  # what rows go through on their own
+_TEXT = 512  # tokens of text, as the model's own code has it
 
 
 class FollowingCrossAttention(Processor):
@@ -98,14 +99,11 @@ class FollowingCrossAttention(Processor):
         return found
 
 
-_TEXT = 512  # tokens of text, as the model's own code has it
-
-
 def why_no_cross_attention(module: nn.Module, dtype: torch.dtype) -> str | None:
     """None if its rows can be computed apart; else why not."""
     if module.fused_projections:
         return "has fused projections"
     if type(module.processor).__name__ not in ("WanAttnProcessor", "FollowingCrossAttention"):
         return f"has a processor of class {type(module.processor).__name__}"
-    reasons = ((name, why_not_plain(part(module, name), dtype)) for name in PLAIN)
+    reasons = ((name, why_not_plain(part(module, name), dtype)) for name in _ROW_LINEARS)
     return next((f"{name} {reason}" for name, reason in reasons if reason is not None), None)
