@@ -350,10 +350,20 @@ def end_to_end_lines(rows: list[dict]) -> list[str]:
             cells.append("–" if value is None else format(value, form))
         lines.append(f"| {' | '.join(cells)} |")
     lines += [f"\nNot measured: {name}: {why}" for name, why in runs[0].get("not_measured", {}).items()]
-    busy = [f"{r['case']['arm']} {r['kernels_ms']:.1f} of {r['ms']:.1f}" for r in runs if r.get("kernels_ms")]
-    if busy:
-        lines += ["", f"Milliseconds a picture in which the GPU is at work: {', '.join(busy)}."]
-    return [*lines, ""]
+    return [*lines, *timeline_lines(runs), ""]
+
+
+def timeline_lines(runs: list[dict]) -> list[str]:
+    """When the GPU was at work and when not, where that was traced."""
+    from flashomni.bench import trace
+
+    traced = [found for found in runs if found.get("trace")]
+    if not traced:
+        return []
+    lines = ["", "The GPU's timeline of a picture, drawn without a stop after each step, ms:", ""]
+    lines += [f"| arm | {' | '.join(trace.COLUMNS)} |", "|---" * (len(trace.COLUMNS) + 1) + "|"]
+    lines += [f"| {found['case']['arm']} | {' | '.join(trace.cells(found['trace']))} |" for found in traced]
+    return lines
 
 
 def document(record: dict) -> list[str]:
@@ -410,8 +420,8 @@ def docs() -> int:
         "# Measured on GPUs",
         "",
         "Written by `make gpu-record` (tools/gpu_record.py) from bench/results; do not edit. Medians of CUDA",
-        "graphs of 20 ms, all arms of a table in turn in one run, the plan included; TFLOP/s are of selected",
-        "work.",
+        "graphs of 20 ms, all arms of a table in one run, every round in another order, the plan included;",
+        "TFLOP/s are of selected work.",
         "",
     ]
     for path in sorted(RESULTS.glob("*.json")):

@@ -62,7 +62,6 @@ def run(
         calls[case] = _call(q, k, v, symbols, out, options)
         work[case] = harness.attention_flops(symbols, head_dim)
     arms = {str(case): call for case, call in calls.items()}
-    arms["hot again"] = calls[CASES[0]]  # not reported
     arms["cudnn"] = cudnn(q, k, v)
     if (fa3 := _fa3()) is not None:
         arms["fa3"] = lambda: fa3(q, k, v)

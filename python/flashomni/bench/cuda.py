@@ -1,10 +1,11 @@
-"""How times are taken on a GPU: each arm a CUDA graph of many calls, arms in turn, medians."""
+"""How times are taken on a GPU: each arm a CUDA graph of many calls, arms in turns, medians."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from random import Random
 from statistics import median
 from time import perf_counter
 
@@ -19,13 +20,17 @@ def interleave(
 ) -> dict[str, float]:
     """Median milliseconds of a call of each arm.
 
-    A turn replays the arm's graph, `slice_ms` long, twice and times the second: clocks and caches are those
-    of this arm's own steady load, and an arm that heats the chip does not slow the next one's figure.
+    A turn replays the arm's graph, `slice_ms` long, twice and times the second, so that caches are those of
+    this arm's own load. Clocks follow the power of the last second or so: every round has another order, or
+    an arm that comes after a hot one would always read slower than one that comes after a cool one.
     """
+    order, shuffled = list(arms), Random(0)
     graphs = {name: _graph_of(arm, slice_ms) for name, arm in arms.items()}
     times: dict[str, list[float]] = defaultdict(list)
     for turn in range(WARM_UP_ROUNDS + rounds):
-        for name, (graph, calls) in graphs.items():
+        shuffled.shuffle(order)
+        for name in order:
+            graph, calls = graphs[name]
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             graph.replay()
             start.record()

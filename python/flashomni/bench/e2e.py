@@ -12,7 +12,7 @@ from torch import nn
 
 import flashomni
 from flashomni import demo, schedule, tiny_flux
-from flashomni.bench import cuda, dense, harness
+from flashomni.bench import dense, harness, trace
 from flashomni.config import Config
 
 GPU_WARM_UP = (
@@ -35,8 +35,11 @@ class Arm:
 
     pipe: object
     config: Config | None = None
-    kernels_ms: float | None = None  # a picture's, on a GPU
+    gaps: dict[str, float] | None = None  # of a picture's timeline, on a GPU
     drawings: list[Drawing] = field(default_factory=list)
+
+    def draw_without_stops(self, index: int, steps: int) -> None:
+        tiny_flux.generate(self.pipe, [demo.PROMPTS[index % len(demo.PROMPTS)]], [index], steps=steps)
 
     def draw(self, index: int, steps: int) -> Drawing:
         device = self.pipe.transformer.device
@@ -69,7 +72,7 @@ def run(
     On a GPU the dense arms are diffusers' eager code, its blocks compiled, and the whole model compiled with
     CUDA graphs; ours run as they are, with compiled blocks, and both as CUDA graphs. The baseline is the
     fastest of the dense ones. backend: of torch.compile; with one, blocks are compiled on a CPU too.
-    kernels_ms: of a picture, what the GPU is at work; the rest of it the GPU waits for the host.
+    trace: when the GPU is at work (trace.gaps), of a picture drawn without a stop after each step.
     """
     on_gpu = torch.device(device).type == "cuda"
     try:
@@ -97,9 +100,8 @@ def _run(
         for arm in arms.values():
             arm.drawings.append(arm.draw(i, steps))
     if on_gpu:
-        work = cuda.kernels_us({name: lambda a=arm: a.draw(0, steps) for name, arm in arms.items()}, calls=1)
-        for name, arm in arms.items():
-            arm.kernels_ms = sum(work[name].values()) / 1e3
+        for arm in arms.values():
+            arm.gaps = trace.record(lambda a=arm: a.draw_without_stops(0, steps))
     rows = _rows(arms, steps, config, dtype, device)
     rows[0]["not_measured"] = missing
     return rows
@@ -158,8 +160,8 @@ def _rows(arms: dict[str, Arm], steps: int, config: Config, dtype: torch.dtype, 
         }
         whole = {**case, "what": "picture"}
         rows.append(harness.row("e2e", whole, pictures[name], None, (best, pictures[best], None)))
-        if arm.kernels_ms is not None:
-            rows[-1]["kernels_ms"] = arm.kernels_ms
+        if arm.gaps is not None:
+            rows[-1]["trace"] = arm.gaps
         if arm.config is None:
             continue
         for kind in dict.fromkeys(kinds):
@@ -170,18 +172,17 @@ def _rows(arms: dict[str, Arm], steps: int, config: Config, dtype: torch.dtype, 
 
 
 def tables(rows: list[dict]) -> list:
-    """What the rows say, as rich tables; on a GPU also what of a picture it was at work."""
+    """What the rows say, as rich tables; on a GPU also a picture's timeline."""
     from rich import box
     from rich.table import Table
 
     found = [harness.rows_table(rows)]
-    measured = [row for row in rows if "kernels_ms" in row]
-    if measured:
-        busy = Table("a picture, ms", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in ("in all", "GPU at work", "share"):
-            busy.add_column(name, justify="right")
-        for row in measured:
-            share = row["kernels_ms"] / row["ms"]
-            busy.add_row(row["case"]["arm"], f"{row['ms']:.1f}", f"{row['kernels_ms']:.1f}", f"{share:.0%}")
-        found.append(busy)
+    traced = [row for row in rows if "trace" in row]
+    if traced:
+        timeline = Table("the GPU in a picture, ms", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in trace.COLUMNS:
+            timeline.add_column(name, justify="right")
+        for row in traced:
+            timeline.add_row(row["case"]["arm"], *trace.cells(row["trace"]))
+        found.append(timeline)
     return found

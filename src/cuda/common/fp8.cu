@@ -12,7 +12,6 @@ namespace flashomni::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRunsAThread = 2;
 constexpr int kMostOrders = kMaxOrder + 1;
 constexpr int kLanesAScale = kScaleColumns / kRun;
 constexpr float kLargest = 448, kNothing = 0x1p-100f;
@@ -31,20 +30,22 @@ struct Fp8Problem {
   Rows values[kMostOrders], scales[kMostOrders], plain;  // plain: x, or the forecast
   const float* coefficients;
   int64_t coefficient_stride, width;
-  int64_t rows;
+  uint32_t rows;
   uint32_t sizes[2];     // of the leading dimensions, the last one first; the third follows from them
   uint32_t runs_a_row;   // a multiple of kLanesAScale: groups of lanes do not cross rows
   bool plain_aligned, values_aligned;
 };
 
+/// Where this thread's run lies. In 32 bits: divisions of 64 took longer than the memory.
 struct Place {
   uint32_t index[3];
   int64_t column;
   int count;  // columns of this run; 0 or less past the end of a row
 
-  __device__ Place(const Fp8Problem& p, int64_t run) {
-    const uint32_t row = static_cast<uint32_t>(run / p.runs_a_row), rest = row / p.sizes[0];
-    column = (run - int64_t(row) * p.runs_a_row) * kRun;
+  __device__ explicit Place(const Fp8Problem& p) {
+    const uint32_t run = blockIdx.x * kThreads + threadIdx.x;
+    const uint32_t row = run / p.runs_a_row, rest = row / p.sizes[0];
+    column = int64_t(run - row * p.runs_a_row) * kRun;
     count = static_cast<int>(row < p.rows ? min(int64_t(kRun), p.width - column) : 0);
     index[0] = row - rest * p.sizes[0];
     index[2] = rest / p.sizes[1];
@@ -57,11 +58,6 @@ struct Place {
   }
   __device__ float* scale_of(const Rows& rows) const { return row_of<float>(rows) + column / kScaleColumns; }
 };
-
-/// Run number `i` of this thread.
-__device__ inline int64_t run_of_thread(int i) {
-  return (int64_t(blockIdx.x) * kRunsAThread + i) * kThreads + threadIdx.x;
-}
 
 __device__ inline Fp8Run to_fp8(const float (&x)[kRun], float inverse) {
   Fp8Run run;
@@ -81,88 +77,77 @@ __device__ inline void from_fp8(const Fp8Run& run, float (&x)[kRun]) {
 
 template <class Element>
 __global__ void __launch_bounds__(kThreads) quantize_fp8_kernel(const __grid_constant__ Fp8Problem p) {
+  const Place place(p);
+  const Element* from = place.row_of<const Element>(p.plain) + place.column;
+  HalfRun<Element> run{};
+  if (place.count == kRun) {
+    run = load_run(from, p.plain_aligned);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kRunsAThread; ++i) {
-    const Place place(p, run_of_thread(i));
-    const Element* from = place.row_of<const Element>(p.plain) + place.column;
-    HalfRun<Element> run{};
-    if (place.count == kRun) {
-      run = load_run(from, p.plain_aligned);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kRun; ++e)
-        if (e < place.count) run.element[e] = from[e];
-    }
-    float x[kRun], most = 0;
-    to_floats(run, x);
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) most = fmaxf(most, fabsf(x[e]));  // passes over a NaN
-#pragma unroll
-    for (int distance = kLanesAScale / 2; distance > 0; distance /= 2)
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
-    if (most < kNothing) most = 0;
-    if (place.count <= 0) continue;
-    if (place.column % kScaleColumns == 0) *place.scale_of(p.scales[0]) = most / kLargest;
-    const Fp8Run values = to_fp8(x, most > 0 ? kLargest / most : 0.0f);
-    uint8_t* to = place.row_of<uint8_t>(p.values[0]) + place.column;
-    if (place.count == kRun && p.values_aligned) {
-      *reinterpret_cast<Fp8Run*>(to) = values;
-    } else {
-#pragma unroll
-      for (int e = 0; e < kRun; ++e)
-        if (e < place.count) to[e] = static_cast<uint8_t>(values.pair[e / 2] >> (e % 2 * 8));
-    }
+    for (int e = 0; e < kRun; ++e)
+      if (e < place.count) run.element[e] = from[e];
   }
+  float x[kRun], most = 0;
+  to_floats(run, x);
+#pragma unroll
+  for (int e = 0; e < kRun; ++e) most = fmaxf(most, fabsf(x[e]));  // passes over a NaN
+#pragma unroll
+  for (int distance = kLanesAScale / 2; distance > 0; distance /= 2)
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
+  if (most < kNothing) most = 0;
+  if (place.count <= 0) return;
+  if (place.column % kScaleColumns == 0) *place.scale_of(p.scales[0]) = most / kLargest;
+  const Fp8Run values = to_fp8(x, most > 0 ? kLargest / most : 0.0f);
+  uint8_t* to = place.row_of<uint8_t>(p.values[0]) + place.column;
+  if (place.count == kRun && p.values_aligned) {
+    *reinterpret_cast<Fp8Run*>(to) = values;
+  } else {
+#pragma unroll
+    for (int e = 0; e < kRun; ++e)
+      if (e < place.count) to[e] = static_cast<uint8_t>(values.pair[e / 2] >> (e % 2 * 8));
+  }
+}
+
+/// The run at `from`, of which `count` columns exist.
+__device__ inline Fp8Run load_fp8(const uint8_t* from, int count, bool aligned) {
+  if (count == kRun && aligned) return *reinterpret_cast<const Fp8Run*>(from);
+  Fp8Run run;
+#pragma unroll
+  for (int e = 0; e < kRun; e += 2)
+    run.pair[e / 2] = static_cast<__nv_fp8x2_storage_t>((e < count ? from[e] : 0) |
+                                                        (e + 1 < count ? from[e + 1] : 0) << 8);
+  return run;
 }
 
 template <class Element, int kOrders>
 __global__ void __launch_bounds__(kThreads) forecast_fp8_kernel(const __grid_constant__ Fp8Problem p) {
-  float coefficients[kOrders];
+  const Place place(p);
+  if (place.count <= 0) return;
+  Fp8Run terms[kOrders];
+  float factors[kOrders];
 #pragma unroll
-  for (int order = 0; order < kOrders; ++order)
-    coefficients[order] = p.coefficients[order * p.coefficient_stride];
-  Fp8Run terms[kRunsAThread][kOrders];
-  float factors[kRunsAThread][kOrders];
-#pragma unroll
-  for (int i = 0; i < kRunsAThread; ++i) {
-    const Place place(p, run_of_thread(i));
-#pragma unroll
-    for (int order = 0; order < kOrders; ++order) {
-      if (place.count <= 0 || coefficients[order] == 0) continue;  // an order without history may hold anything
-      const uint8_t* from = place.row_of<const uint8_t>(p.values[order]) + place.column;
-      factors[i][order] = *place.scale_of(p.scales[order]);
-      if (place.count == kRun && p.values_aligned) {
-        terms[i][order] = *reinterpret_cast<const Fp8Run*>(from);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kRun; e += 2)
-          terms[i][order].pair[e / 2] = static_cast<__nv_fp8x2_storage_t>(
-              (e < place.count ? from[e] : 0) | (e + 1 < place.count ? from[e + 1] : 0) << 8);
-      }
-    }
+  for (int order = 0; order < kOrders; ++order) {  // before the coefficients are known, as in taylor.cu
+    factors[order] = *place.scale_of(p.scales[order]);
+    terms[order] = load_fp8(place.row_of<const uint8_t>(p.values[order]) + place.column, place.count, p.values_aligned);
   }
+  float sum[kRun] = {};
 #pragma unroll
-  for (int i = 0; i < kRunsAThread; ++i) {
-    const Place place(p, run_of_thread(i));
-    if (place.count <= 0) continue;
-    float sum[kRun] = {};
+  for (int order = 0; order < kOrders; ++order) {
+    const float coefficient = p.coefficients[order * p.coefficient_stride];
+    if (coefficient == 0) continue;  // an order without history may hold anything
+    float term[kRun];
+    from_fp8(terms[order], term);
 #pragma unroll
-    for (int order = 0; order < kOrders; ++order) {
-      if (coefficients[order] == 0) continue;
-      float term[kRun];
-      from_fp8(terms[i][order], term);
+    for (int e = 0; e < kRun; ++e) sum[e] += coefficient * (factors[order] * term[e]);
+  }
+  const HalfRun<Element> run = from_floats<Element>(sum);
+  Element* to = place.row_of<Element>(p.plain) + place.column;
+  if (place.count == kRun) {
+    store_run(to, run, p.plain_aligned);
+  } else {
 #pragma unroll
-      for (int e = 0; e < kRun; ++e) sum[e] += coefficients[order] * (factors[i][order] * term[e]);
-    }
-    const HalfRun<Element> run = from_floats<Element>(sum);
-    Element* to = place.row_of<Element>(p.plain) + place.column;
-    if (place.count == kRun) {
-      store_run(to, run, p.plain_aligned);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kRun; ++e)
-        if (e < place.count) to[e] = run.element[e];
-    }
+    for (int e = 0; e < kRun; ++e)
+      if (e < place.count) to[e] = run.element[e];
   }
 }
 
@@ -189,17 +174,18 @@ Fp8Problem problem_of(const TensorView& plain, const TensorView* values, const T
     p.values_aligned = p.values_aligned && is_aligned(values[i], 1, 8);
   }
   p.width = plain.size(plain.ndim - 1);
-  p.rows = plain.numel() / p.width;
+  const int64_t rows = plain.numel() / p.width;
   for (int i = 0; i < 2; ++i)
     p.sizes[i] = plain.ndim - 2 - i >= 0 ? static_cast<uint32_t>(plain.size(plain.ndim - 2 - i)) : 1;
   p.runs_a_row = static_cast<uint32_t>(ceil_div(p.width, kScaleColumns) * kLanesAScale);
-  if (p.rows > INT32_MAX || ceil_div(p.rows * p.runs_a_row, kThreads * kRunsAThread) > INT32_MAX)
-    fail(ErrorKind::kNotImplemented, "x", "at most 2^31 rows", describe(plain));
+  if (rows * p.runs_a_row > INT32_MAX)
+    fail(ErrorKind::kNotImplemented, "x", text("at most 2^31 runs of ", kRun, " elements"), describe(plain));
+  p.rows = static_cast<uint32_t>(rows);
   return p;
 }
 
 dim3 grid_of(const Fp8Problem& p) {
-  return dim3(static_cast<unsigned>(ceil_div(p.rows * p.runs_a_row, kThreads * kRunsAThread)));
+  return dim3(static_cast<unsigned>(ceil_div(int64_t(p.rows) * p.runs_a_row, kThreads)));
 }
 
 }  // namespace

@@ -36,17 +36,13 @@ class RingCursor {
   __device__ void wait_full_in_cluster(RingBarriers<kSlots>& ring) const {
     ptx_ops::wait_parity_in_cluster(ring.full[slot()], phase());
   }
+  /// Of a ring whose slots are filled by the one who empties them: it has no barriers for that.
+  __device__ void wait(uint64_t (&full)[kSlots]) const { ptx_ops::wait_parity(full[slot()], phase()); }
   __device__ void wait_empty(RingBarriers<kSlots>& ring) const {
     ptx_ops::wait_parity(ring.empty[slot()], phase() ^ 1);
   }
   __device__ void wait_empty_relaxed(RingBarriers<kSlots>& ring) const {
     ptx_ops::wait_parity_relaxed(ring.empty[slot()], phase() ^ 1);
-  }
-  __device__ bool is_full(RingBarriers<kSlots>& ring) const {
-    return ::cuda::ptx::mbarrier_test_wait_parity(&ring.full[slot()], phase());
-  }
-  __device__ bool is_empty(RingBarriers<kSlots>& ring) const {
-    return ::cuda::ptx::mbarrier_test_wait_parity(&ring.empty[slot()], phase() ^ 1);
   }
 
  private:

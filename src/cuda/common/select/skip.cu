@@ -3,6 +3,8 @@
 // A warp takes four rows of one head. For the scores, its lanes are columns; for the rest, eight lanes work on a
 // row, so that one ballot makes a byte of each row's bits. Scores stay in float32 without tensor cores: the
 // choice must be that of the CPU but for rounding, and they cost little.
+#include <cuda_pipeline_primitives.h>
+
 #include <algorithm>
 
 #include "src/cuda/common/chain.cuh"
@@ -14,6 +16,7 @@ namespace {
 constexpr int kRowsAWarp = 4, kLanesARow = 32 / kRowsAWarp;
 constexpr int kMostWarps = 4;
 constexpr int kColumns = 32;  // keys in shared memory at a time
+constexpr int kFewColumns = 8 * kLanesARow;
 
 /// Floats of a key there: rows four apart start in banks of their own, for reads of 16 bytes a lane.
 __host__ __device__ constexpr int key_stride(int dim) {
@@ -31,28 +34,24 @@ struct Shared {
       : keys(memory), queries(keys + kColumns * key_stride(p.dim)), scores(queries + rows * p.dim) {}
 };
 
-/// Rows [first, first + count) of `means` into shared memory, zeros past `blocks`. A warp a row; of kInFlight
-/// rows all is asked for before any is stored. dim is a multiple of 4.
-__device__ void load_means(const float* means, int64_t stride, int first, int count, int blocks, int dim, float* to,
+/// Has rows [first, first + count) of `means` copied into shared memory, zeros past `blocks`. A warp a row; dim is
+/// a multiple of 4.
+__device__ void copy_means(const float* means, int64_t stride, int first, int count, int blocks, int dim, float* to,
                            int to_stride) {
-  constexpr int kInFlight = 8;
-  const int warps = blockDim.x / 32;
   const bool aligned = stride % 4 == 0 && reinterpret_cast<uintptr_t>(means) % 16 == 0;
-  for (int d = threadIdx.x % 32 * 4; d < dim; d += 128)
-    for (int row = threadIdx.x / 32; row < count; row += warps * kInFlight) {
-      float4 part[kInFlight];
+  for (int row = threadIdx.x / 32; row < count; row += blockDim.x / 32) {
+    const bool exists = first + row < blocks;
+    const float* from = means + (exists ? first + row : 0) * stride;
+    for (int d = threadIdx.x % 32 * 4; d < dim; d += 128) {
+      float* place = to + row * to_stride + d;
+      if (aligned) {
+        __pipeline_memcpy_async(place, from + d, 16, exists ? 0 : 16);
+      } else {
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int of = row + i * warps;
-        part[i] = {0, 0, 0, 0};
-        if (of >= count || first + of >= blocks) continue;
-        const float* from = means + (first + of) * stride + d;
-        part[i] = aligned ? *reinterpret_cast<const float4*>(from) : float4{from[0], from[1], from[2], from[3]};
+        for (int i = 0; i < 4; ++i) __pipeline_memcpy_async(place + i, from + d + i, 4, exists ? 0 : 4);
       }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i)
-        if (row + i * warps < count) *reinterpret_cast<float4*>(to + (row + i * warps) * to_stride + d) = part[i];
     }
+  }
 }
 
 /// Scores of this warp's rows with the keys in shared memory; a lane a key.
@@ -61,7 +60,7 @@ __device__ void multiply(const SelectProblem& p, const Shared& shared, int first
   const float4* key = reinterpret_cast<const float4*>(shared.keys + lane * key_stride(p.dim));
   const float4* query = reinterpret_cast<const float4*>(shared.queries + warp * kRowsAWarp * p.dim);
   float sum[kRowsAWarp] = {};
-#pragma unroll 2
+#pragma unroll 8
   for (int d = 0; d < p.dim / 4; ++d) {
     const float4 k = key[d];
 #pragma unroll
@@ -105,6 +104,27 @@ struct Row {
     each([&](int j, float weight) { x[j] = static_cast<float>(weight * inverse); });
     return any;
   }
+  /// Bit b: whether the weights up to this lane's b-th, in the order of (weight, index) and itself included, add up
+  /// to at most `limit`; weights above 1 never do. Of a row of at most kFewColumns.
+  __device__ unsigned lightest(double limit) const {
+    constexpr int kOwn = kFewColumns / kLanesARow;
+    float own[kOwn];
+    double mass[kOwn] = {};
+#pragma unroll
+    for (int b = 0; b < kOwn; ++b) own[b] = lane + b * kLanesARow < n ? x[lane + b * kLanesARow] : INFINITY;
+#pragma unroll 2
+    for (int i = 0; i < n; ++i) {
+      const float weight = x[i];
+      const double added = weight;
+#pragma unroll
+      for (int b = 0; b < kOwn; ++b)
+        if (weight < own[b] || (weight == own[b] && i <= lane + b * kLanesARow)) mass[b] += added;
+    }
+    unsigned bits = 0;
+#pragma unroll
+    for (int b = 0; b < kOwn; ++b) bits |= unsigned{own[b] <= 1 && mass[b] <= limit} << b;
+    return bits;
+  }
   /// The last of the heaviest.
   __device__ int heaviest() const {
     float most = -1;
@@ -123,6 +143,7 @@ struct Prefix {
   float most = 0, next = INFINITY;
   int ties = 0;
 
+  Prefix() = default;
   /// Weights from 0 to 1 take part; larger ones never do.
   __device__ Prefix(const Row& row, double limit) {
     // Two bits at a time: floats that are not negative are ordered as their bits are. 30 bits: below 2.
@@ -164,7 +185,11 @@ __device__ void choose(const SelectProblem& p, const Row& row, int batch, int he
   row.each([&](int j, float) {
     if (p.is_text_kv(j) || j == heaviest || p.is_guarded(batch, head, j)) row.x[j] = kNeverChosen;
   });
-  const Prefix skipped(row, limit_of(tau));
+  // A search by bits takes some microseconds however short the row is.
+  const bool few = row.n <= kFewColumns;
+  if (few) __syncwarp();  // each lane reads all of its row
+  const unsigned lightest = few ? row.lightest(limit_of(tau)) : 0;
+  const Prefix skipped = few ? Prefix() : Prefix(row, limit_of(tau));
   const int shift = threadIdx.x % 32 / kLanesARow * kLanesARow;
   int ties_before = 0;
   for (int byte = 0; byte < p.kept_bytes(); ++byte) {
@@ -174,7 +199,8 @@ __device__ void choose(const SelectProblem& p, const Row& row, int batch, int he
     const unsigned tied = __ballot_sync(kWholeWarp, tie) >> shift & 0xff;
     const int rank = ties_before + __popc(tied & ((1u << row.lane) - 1));
     ties_before += __popc(tied);
-    const bool skip = !whole && (weight <= skipped.most || (tie && rank < skipped.ties));
+    const bool skip =
+        !whole && (few ? lightest >> byte & 1 : weight <= skipped.most || (tie && rank < skipped.ties));
     const unsigned bits = __ballot_sync(kWholeWarp, j < p.kv_blocks && !skip) >> shift & 0xff;
     if (writes && row.lane == 0) kept[byte] = static_cast<uint8_t>(bits);
   }
@@ -182,16 +208,19 @@ __device__ void choose(const SelectProblem& p, const Row& row, int batch, int he
 
 __global__ void __launch_bounds__(kMostWarps * 32) skip_kernel(const __grid_constant__ SelectProblem p) {
   let_next_start();
+  wait_for_previous();
   extern __shared__ float4 memory[];
   const int rows = blockDim.x / kLanesARow, first_row = blockIdx.x * rows;
   const int head = blockIdx.y, batch = blockIdx.z;
   const Shared shared(reinterpret_cast<float*>(memory), p, rows);
   const float* keys = p.k_mean + batch * p.k_strides[0] + head / p.heads_a_kv_head * p.k_strides[2];
-  load_means(p.q_mean + batch * p.q_strides[0] + head * p.q_strides[2], p.q_strides[1], first_row, rows,
+  copy_means(p.q_mean + batch * p.q_strides[0] + head * p.q_strides[2], p.q_strides[1], first_row, rows,
              p.q_blocks, p.dim, shared.queries, p.dim);
   for (int column = 0; column < p.kv_blocks; column += kColumns) {
-    __syncthreads();
-    load_means(keys, p.k_strides[1], column, kColumns, p.kv_blocks, p.dim, shared.keys, key_stride(p.dim));
+    if (column > 0) __syncthreads();  // the keys before are multiplied
+    copy_means(keys, p.k_strides[1], column, kColumns, p.kv_blocks, p.dim, shared.keys, key_stride(p.dim));
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
     __syncthreads();
     multiply(p, shared, column);
   }
@@ -235,11 +264,14 @@ void launch_skip(const SelectProblem& p, int device, cudaStream_t stream) {
                "skip_kernel's shared memory");
   });
   int warps = kMostWarps;
+  const auto row_blocks = [&] { return (p.q_blocks + warps * kRowsAWarp - 1) / (warps * kRowsAWarp); };
   while (warps > 1 && skip_shared_bytes(p, warps) > most / 2) --warps;  // two blocks an SM where that can be
-  const int rows = warps * kRowsAWarp;
-  const dim3 grid((p.q_blocks + rows - 1) / rows, p.heads, p.batch);
-  skip_kernel<<<grid, warps * 32, skip_shared_bytes(p, warps), stream>>>(p);
-  check_cuda(cudaGetLastError(), "skip_kernel");
+#ifndef LEAST
+#define LEAST 2
+#endif
+  while (warps > LEAST && int64_t(row_blocks()) * p.heads * p.batch < multiprocessors(device)) --warps;
+  const dim3 grid(row_blocks(), p.heads, p.batch);
+  launch_next(skip_kernel, "skip_kernel", p, grid, warps * 32, skip_shared_bytes(p, warps), device, stream);
 }
 
 }  // namespace flashomni::cuda

@@ -94,12 +94,12 @@ struct AttentionConfig {
     Tile tile[kTileSlots];
     // barrier | full: arrivals, by  | empty: arrivals, by                       | guards
     // tiles   | 32, manager lanes   | 1 + consumer warps: loader, the epilogues | tile
-    // queries | 1 + bytes, loader   | 1, manager, once the output has left      | query
+    // queries | 1 + bytes, manager  | -: the manager itself stores the output   | query
     // blocks  | 1 + bytes, loader   | consumer warps                            | ring
     // masks   | 32, loader lanes    | consumer threads                          | mask
     // landing | 1 + bytes, loader   | -: only the loader waits                  | a V to be cleaned
     RingBarriers<kTileSlots> tiles;
-    RingBarriers<kQuerySlots> queries;
+    uint64_t queries[kQuerySlots];
     RingBarriers<kRingSlots> blocks;
     RingBarriers<kMaskSlots> masks;
     uint64_t landing;

@@ -58,7 +58,7 @@ struct Consumer {
     ++taken;
   }
   __device__ void wait_next_tile() { RingCursor<Config::kTileSlots>(taken).wait_full(shared.tiles); }
-  __device__ void wait_query() { RingCursor<Config::kQuerySlots>(taken - 1).wait_full(shared.queries); }
+  __device__ void wait_query() { RingCursor<Config::kQuerySlots>(taken - 1).wait(shared.queries); }
   // Of the current tile, or the one `back` before it.
   __device__ int tile_slot(int back = 0) const { return RingCursor<Config::kTileSlots>(taken - 1 - back).slot(); }
   __device__ int query_slot(int back = 0) const { return RingCursor<Config::kQuerySlots>(taken - 1 - back).slot(); }

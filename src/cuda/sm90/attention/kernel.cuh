@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   auto& shared = *reinterpret_cast<typename Config::Shared*>(raw);
   if (threadIdx.x == 0) {
     shared.tiles.init(32, 1 + Config::kConsumerWarps);
-    shared.queries.init(1, 1);
+    for (uint64_t& query : shared.queries) ::cuda::ptx::mbarrier_init(&query, 1);
     shared.blocks.init(1, Config::kConsumerWarps);
     shared.masks.init(32, 32 * Config::kConsumerWarps);
     ::cuda::ptx::mbarrier_init(&shared.landing, 1);

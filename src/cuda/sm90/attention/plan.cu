@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "src/cuda/common/chain.cuh"
 #include "src/cuda/sm90/launch.h"
 
 namespace flashomni::cuda::sm90 {
@@ -38,7 +39,7 @@ struct Group {
     const TileBlocks blocks(problem, sequence.q_tokens, sequence.kv_tokens, batch, head, q_block);
     const int words = blocks.words();
     int count = 0;
-#pragma unroll 2
+#pragma unroll 8
     for (int w = 0; w < words; ++w) count += __popc(blocks.selected(problem, w));
     return count;
   }
@@ -88,7 +89,8 @@ __device__ int write_chunk(const Group& group, int begin, int tiles, Item* items
 }
 
 __global__ void __launch_bounds__(kThreads, 1) plan_kernel(const __grid_constant__ PlanArguments p) {
-  cudaTriggerProgrammaticLaunchCompletion();  // the next kernel may be set up; it waits for this one's end
+  let_next_start();
+  wait_for_previous();
   __shared__ int all_blocks, longest_of_all;
   if (threadIdx.x == 0) all_blocks = longest_of_all = 0;
   if (blockIdx.x == 0) {
@@ -150,8 +152,7 @@ void launch_plan(const PlanArguments& arguments, cudaStream_t stream) {
                                     cudaSharedmemCarveoutMaxShared),
                "plan_kernel's shared memory");
   });
-  plan_kernel<<<arguments.grouping.regions, kThreads, 0, stream>>>(arguments);
-  check_cuda(cudaGetLastError(), "plan_kernel");
+  launch_next(plan_kernel, "plan_kernel", arguments, dim3(arguments.grouping.regions), kThreads, 0, device, stream);
 }
 
 }  // namespace flashomni::cuda::sm90

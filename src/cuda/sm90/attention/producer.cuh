@@ -1,5 +1,5 @@
-// The producer warps: the manager schedules tiles and stores their outputs, the loader feeds the ring. Only
-// these know of sparsity.
+// The producer warps: the manager schedules tiles, loads their queries and stores their outputs, the loader feeds
+// the ring. Only these know of sparsity.
 #pragma once
 
 #include "src/cuda/ptx/control.cuh"
@@ -9,7 +9,8 @@
 
 namespace flashomni::cuda::sm90 {
 
-/// Claims tiles ahead of the other warps, reads their bits and publishes both; sends finished outputs off.
+/// Claims tiles ahead of the other warps, reads their bits and publishes both; sends finished outputs off, each of
+/// which makes room for the next query.
 template <class Config>
 struct Manager {
   using Shared = typename Config::Shared;
@@ -17,8 +18,9 @@ struct Manager {
   Shared& shared;
   const AttentionParameters& p;
   const bool leader = ptx_ops::elect_one(), ragged = p.problem.q_indptr != nullptr;
-  RingCursor<Config::kTileSlots> published, stored;
-  RingCursor<Config::kQuerySlots> queries;
+  RingCursor<Config::kTileSlots> published, stored, to_query;
+  RingCursor<Config::kQuerySlots> queries, outputs;
+  int free_queries = Config::kQuerySlots, tiles_to_query = 0;  // published tiles whose query is not on its way
   int claimed = blockIdx.x;  // the next work to publish
   Split split{0, 0, 1};
   int patient_from = 0;   // from this work on, a tile is claimed when the one before it is nearly loaded
@@ -38,9 +40,11 @@ struct Manager {
         }
         more = claimed < work;
         publish(more);
-        waiting += more;
+        waiting += more, tiles_to_query += more;
+        load_queries();
       }
       if (waiting > 0) store(), --waiting;
+      load_queries();
     }
     if (leader) ::cuda::ptx::cp_async_bulk_wait_group(::cuda::ptx::n32_t<0>{});
   }
@@ -148,12 +152,33 @@ struct Manager {
     tile.q_tokens = sequence.q_tokens, tile.kv_tokens = sequence.kv_tokens;
   }
 
-  /// Sends the oldest unstored tile's output off, and gives its query buffer back.
+  /// Of tiles that are published, as long as there are buffers.
+  __device__ void load_queries() {
+    for (; free_queries > 0 && tiles_to_query > 0; --free_queries, --tiles_to_query) {
+      const Tile& tile = shared.tile[to_query.slot()];
+      if (leader) load_query(tile);
+      to_query.advance();
+      queries.advance();
+    }
+  }
+  __device__ void load_query(const Tile& tile) const {
+    uint64_t& full = shared.queries[queries.slot()];
+    ptx_ops::arrive_expect_bytes(full, Config::kQueryBytes);
+    for (int i = 0; i < Config::kConsumers; ++i)
+#pragma unroll
+      for (int panel = 0; panel < Config::kPanels; ++panel)
+        ptx_ops::tma_load(
+            ptx_ops::shared_address(shared.query[queries.slot()][i]) + panel * Config::kConsumerRows * 128, &p.q,
+            full, {64 * panel, tile.q_row + i * Config::kConsumerRows, tile.head, ragged ? 0 : tile.batch},
+            ptx_ops::kEvictFirst);
+  }
+
+  /// Sends the oldest unstored tile's output off; its query buffer is free then.
   __device__ void store() {
     const auto& tile = shared.tile[stored.slot()];
     const int row = tile.q_row, rows = tile.rows, head = tile.head, batch = ragged ? 0 : tile.batch;
     const bool whole = tile.parts == 1;  // of a split tile, a consumer writes the output
-    ptx_ops::named_barrier_sync(kOutputStaged0 + queries.slot(), Config::kStoreThreads);
+    ptx_ops::named_barrier_sync(kOutputStaged0 + outputs.slot(), Config::kStoreThreads);
     if (!whole) {
     } else if (ragged && rows < Config::kBlockQ) {
       store_rows(row, rows, head);
@@ -163,14 +188,14 @@ struct Manager {
         for (int panel = 0; panel < Config::kPanels; ++panel)
           ptx_ops::tma_store(
               &p.out,
-              ptx_ops::shared_address(shared.query[queries.slot()][i]) + panel * Config::kConsumerRows * 128,
+              ptx_ops::shared_address(shared.query[outputs.slot()][i]) + panel * Config::kConsumerRows * 128,
               {64 * panel, row + i * Config::kConsumerRows, head, batch});
       ::cuda::ptx::cp_async_bulk_commit_group();
       ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{});
     }
     __syncwarp();
-    if (leader) ptx_ops::arrive(shared.queries.empty[queries.slot()]);
-    queries.advance();
+    outputs.advance();
+    ++free_queries;
     stored.advance();
   }
 
@@ -180,7 +205,7 @@ struct Manager {
     const int lane = ptx_ops::lane_index();
     for (int row = 0; row < rows; ++row) {
       if (8 * lane >= p.head_dim) continue;
-      const auto* buffer = reinterpret_cast<const Chunk*>(shared.query[queries.slot()][row / Config::kConsumerRows]);
+      const auto* buffer = reinterpret_cast<const Chunk*>(shared.query[outputs.slot()][row / Config::kConsumerRows]);
       const int r = row % Config::kConsumerRows;
       const Chunk chunk = buffer[(lane / 8 * Config::kConsumerRows + r) * 8 + ((lane % 8) ^ (r % 8))];
       const int64_t at = (first_row + row) * p.out_token_stride + head * p.out_head_stride + 8 * lane;
@@ -250,7 +275,6 @@ struct Loader {
   const int lane = threadIdx.x % 32;
   const bool leader = ptx_ops::elect_one();
   RingCursor<Config::kTileSlots> tiles;
-  RingCursor<Config::kQuerySlots> queries;
   RingCursor<Config::kRingSlots> blocks;
   RingCursor<Config::kMaskSlots> masks;
   uint32_t landing_phase = 0;
@@ -262,7 +286,7 @@ struct Loader {
     bool summary, dirty;  // dirty: V's slots without keys may hold what is not ours, and are zeroed
   };
   Step pending;  // its V is still to be loaded
-  bool has_pending = false, after_part = false, has_query = false;
+  bool has_pending = false, after_part = false;
   int tiles_taken = 0;
 
   __device__ Loader(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
@@ -312,31 +336,6 @@ struct Loader {
     uint32_t* words = reinterpret_cast<uint32_t*>(shared.ring[blocks.slot()]);
     for (int panel = 0; panel < kPanels; ++panel)
       for (int row = first; row < last; ++row) words[(panel * kStep + row) * 32 + lane] = 0;
-  }
-
-  __device__ void load_query(const Tile& tile) {
-    queries.wait_empty(shared.queries);
-    if (leader) {
-      uint64_t& full = shared.queries.full[queries.slot()];
-      ptx_ops::arrive_expect_bytes(full, Config::kQueryBytes);
-      const int batch = p.problem.q_indptr != nullptr ? 0 : tile.batch;
-      for (int i = 0; i < Config::kConsumers; ++i)
-#pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel)
-          ptx_ops::tma_load(
-              ptx_ops::shared_address(shared.query[queries.slot()][i]) + panel * Config::kConsumerRows * 128, &p.q,
-              full, {64 * panel, tile.q_row + i * Config::kConsumerRows, tile.head, batch}, ptx_ops::kEvictFirst);
-    }
-    queries.advance();
-  }
-  /// The next tile's, once the tile before this one has left its buffer: that is in this one's second step.
-  __device__ void try_next_query() {
-    if (!Config::kOverlapsTiles || has_query || !queries.is_empty(shared.queries)) return;
-    RingCursor<Config::kTileSlots> next = tiles;
-    next.advance();
-    if (!next.is_full(shared.tiles) || shared.tile[next.slot()].steps == kNoMoreTiles) return;
-    load_query(shared.tile[next.slot()]);
-    has_query = true;
   }
 
   /// Publishes a mask: bias(column) for every column, and the causal limits of both halves.
@@ -416,10 +415,7 @@ struct Loader {
       }
       load_k(step);
       load_pending_v();
-      if (n == 0 && !has_query) load_query(tile);
-      if (n == 0) has_query = false;
       pending = step, has_pending = true;
-      try_next_query();
     }
   }
 
@@ -437,12 +433,7 @@ struct Loader {
       after_part = tile.parts > 1;
       ++tiles_taken;
       if (tile.steps < Config::kStepsAhead) tell_near_end();
-      if (tile.steps == 0) {
-        if (!has_query) load_query(tile);  // only for the buffer
-        has_query = false;
-      } else {
-        walk(tile);
-      }
+      walk(tile);
       __syncwarp();
       if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
     }

@@ -58,7 +58,7 @@ void divide(OParameters& p, int device) {
 void launch(OParameters& p, DType dtype, int device, const Context& context) {
   divide(p, device);
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  launch_o_plan(p.next, stream);
+  launch_o_plan(p.next, device, stream);
   if (dtype == DType::kFloat16)
     launch_gemm<GemmO<__half>>(p, device, stream);
   else

@@ -17,6 +17,7 @@ struct OTile {
   int steps[2];
   int stores;       // 2: after both stretches; 1: after the last only
   int row, column;  // first token, below 0 where rows lie before the matrix; first output feature
+  int writes;       // bit i: consumer i's rows are written
   int panels;       // of 64 features: 4, or 2 of a halved tile
   int order, batch;
   int block;  // of the joint sequence, of consumer 0's rows
@@ -38,6 +39,7 @@ struct OParameters {
   int row_tiles, batch, features;
   // A cluster's blocks take neighbouring tiles of the same rows: an item. Those past `kept` are halves.
   int sharers, items, kept;
+  bool keeps_rows;  // those of row blocks without an active head
 
   __device__ bool dispatches() const { return coefficients != nullptr; }
   /// Whether the matrix has any of the 64 rows from `row` on.
@@ -73,6 +75,12 @@ struct TileHeads {
     for (int w = 0; w < words(); ++w) heads += __popc(word(w, 0, active) | word(w, 1, active));
     return heads;
   }
+  /// Whether a half's rows are there and have to be written.
+  __device__ bool is_written(int half) const {
+    bool any = !p.keeps_rows;
+    for (int w = 0; !any && w < words(); ++w) any = word(w, half, true) != 0;
+    return any && p.has_rows(tile.row + 64 * half);
+  }
 };
 
 /// Claims tiles ahead of the other warps and tells them.
@@ -86,15 +94,17 @@ struct OScheduler : GemmScheduler<Config> {
       : GemmScheduler<Config>{shared, p.sharers}, p(p) {}
 
   __device__ void run() {
-    for (int item = this->first(); item < p.items; item = this->claim(p.next)) publish(item);
+    bool published = false;
+    for (int item = this->first(); item < p.items; item = this->claim(p.next, published))
+      published = publish(item);
     this->published.wait_empty_relaxed(this->shared.tiles);
     this->shared.tile[this->published.slot()].steps[0] = kNoMoreWork;
     this->hand_on();
   }
 
   /// Bands of row tiles, through all features before the next band. Order 0, which takes longest, comes
-  /// first.
-  __device__ void publish(int item) {
+  /// first. False: nothing of the tile is written, and nobody hears of it.
+  __device__ bool publish(int item) {
     const int lane = ptx_ops::lane_index(), rank = ptx_ops::cluster_rank();
     const int half = item < p.kept ? -1 : (item - p.kept) % 2,
               index = half < 0 ? item : p.kept + (item - p.kept) / 2;
@@ -116,11 +126,15 @@ struct OScheduler : GemmScheduler<Config> {
       tile.steps[0] = p.dispatches() ? 0 : heads.count(false) * p.head_steps();
       tile.steps[1] = main ? heads.count(true) * p.head_steps() + p.past_steps() : 0;
       tile.stores = main && !p.dispatches() ? 2 : 1;
+      tile.writes = heads.is_written(0) | heads.is_written(1) << 1;
     }
+    __syncwarp();
+    if (tile.writes == 0) return false;
     if (p.bias != nullptr)
       for (int i = lane; i < min(p.features - column, Config::kWide); i += 32)
         reinterpret_cast<Element*>(tile.bias)[i] = static_cast<const Element*>(p.bias)[column + i];
     this->hand_on();
+    return true;
   }
 };
 
@@ -152,7 +166,7 @@ struct OLoader {
       if (tile.order == 0) {
         load_heads(tile, true);
         for (int column = 0; column < p.past; column += Config::kStepK)
-          load_step(p.o_past, p.weight_past, tile, {column, 0, 0, 0}, 3);
+          load_step(p.o_past, p.weight_past, tile, {column, 0, 0, 0}, tile.writes);
       }
       ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
     }
@@ -242,8 +256,8 @@ struct OStorer : GemmStorer<Config> {
   }
 
   __device__ void copy(const OutputMatrix& out, const OTile& tile, int consumer) {
+    if (!(tile.writes >> consumer & 1)) return;
     const int row = tile.row + 64 * consumer;
-    if (!p.has_rows(row)) return;
     for (int panel = 0; panel < tile.panels; ++panel) {
       const int column = tile.column + 64 * panel;
       if (column < p.features)

@@ -30,7 +30,10 @@ __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
   }
   cudaGridDependencySynchronize();  // the plan's list, and all that came before it
   Roles::prepare(shared, p);
-  ptx_ops::cluster_sync();
+  if (p.sharers > 1)
+    ptx_ops::cluster_sync();
+  else
+    __syncthreads();
 
   const int warpgroup = __shfl_sync(ptx_ops::kWholeWarp, threadIdx.x / 128, 0);
   if (warpgroup == Config::kConsumers) {
@@ -43,7 +46,7 @@ __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
     ptx_ops::grow_registers<Config::kConsumerRegisters>();
     typename Roles::Consumer(shared, p, warpgroup).run();
   }
-  ptx_ops::cluster_sync();  // a peer may still arrive at this block's barriers
+  if (p.sharers > 1) ptx_ops::cluster_sync();  // a peer may still arrive at this block's barriers
 }
 
 /// Clusters of `sharers` blocks, one block an SM.
@@ -71,7 +74,7 @@ void launch_gemm(const typename Roles::Parameters& p, int device, cudaStream_t s
   config.blockDim = Config::kThreads;
   config.dynamicSmemBytes = Config::kSharedBytes;
   config.stream = stream;
-  config.attrs = attributes, config.numAttrs = 2;
+  config.attrs = attributes, config.numAttrs = p.sharers > 1 ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, gemm_kernel<Roles>, p), "gemm_kernel");
 }
 
@@ -87,9 +90,9 @@ struct GemmScheduler {
 
   __device__ int first() const { return static_cast<int>(blockIdx.x) / sharers; }
   /// The cluster's next tile, once the loader of rank 0 is about to need it: the first round's have the
-  /// clusters' own numbers.
-  __device__ int claim(int* counter) {
-    const int claimed = ptx_ops::cluster_rank() == 0 ? claim_and_tell(counter) : hear();
+  /// clusters' own numbers. Not `waits`: at once, since the last one claimed was not published.
+  __device__ int claim(int* counter, bool waits = true) {
+    const int claimed = ptx_ops::cluster_rank() == 0 ? claim_and_tell(counter, waits) : hear();
     claims.advance();
     return claimed;
   }
@@ -99,9 +102,11 @@ struct GemmScheduler {
   }
 
  private:
-  __device__ int claim_and_tell(int* counter) {
-    ptx_ops::wait_parity_relaxed(shared.asked, asked_phase);
-    asked_phase ^= 1;
+  __device__ int claim_and_tell(int* counter, bool waits) {
+    if (waits) {
+      ptx_ops::wait_parity_relaxed(shared.asked, asked_phase);
+      asked_phase ^= 1;
+    }
     int claimed = 0;
     if (ptx_ops::lane_index() == 0) claimed = static_cast<int>(gridDim.x) / sharers + atomicAdd(counter, 1);
     if (sharers > 1) {

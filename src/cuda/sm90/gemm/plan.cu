@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "flashomni/error.h"
+#include "src/cuda/common/chain.cuh"
 #include "src/cuda/ptx/control.cuh"
 #include "src/cuda/sm90/gemm/gemm_q.cuh"
 #include "src/cuda/sm90/launch.h"
@@ -24,6 +25,7 @@ constexpr int kMostCounts = 2 * kMostLists;  // a band and list: what shared mem
 constexpr int kMostRowBlocks = 40 * 1024;    // which shared memory holds, too
 // Counts of all bands and of the border past the last one.
 constexpr int kMostShared = (kMostCounts + kMostLists + kMostRowBlocks) * 4;
+constexpr int kPiece = 4;        // bits that a thread counts at a time: 4,608 tokens of 24 heads keep all busy
 constexpr int kMostWriters = 8;  // CTAs that write one list, of which each takes some of its groups
 
 /// What a list of active row blocks becomes.
@@ -56,18 +58,16 @@ __device__ void count_lists(const QProblem& p, const Bands& bands, int* before) 
   const int lists = p.batch * p.heads;
   for (int i = threadIdx.x; i < (bands.count + 1) * lists; i += kThreads) before[i] = 0;
   __syncthreads();
-  const int64_t first = int64_t(p.first_block) * p.heads, bits = int64_t(p.blocks) * p.heads;
-  const int words = static_cast<int>((bits + kBitsAWord - 1) / kBitsAWord);
-  for (int i = threadIdx.x; i < words * p.batch; i += kThreads) {
-    const int b = i / words;
-    const int64_t at = int64_t(i - b * words) * kBitsAWord;
-    uint32_t word =
-        p.cache.word(b, first + at) & low_bits(static_cast<int>(min(bits - at, int64_t(kBitsAWord))));
-    const int block = static_cast<int>(at / p.heads), head = static_cast<int>(at - int64_t(block) * p.heads);
-    for (; word != 0; word &= word - 1) {
-      const int past = head + __ffs(word) - 1, down = past / p.heads;
-      atomicAdd(&before[((block + down) / bands.blocks + 1) * lists + b * p.heads + past - down * p.heads],
-                1);
+  const int64_t first = int64_t(p.first_block) * p.heads;
+  const int bits = p.blocks * p.heads, pieces = (bits + kPiece - 1) / kPiece;
+  for (int i = threadIdx.x; i < pieces * p.batch; i += kThreads) {
+    const int b = i / pieces, at = (i - b * pieces) * kPiece;
+    const uint32_t word = p.cache.word(b, first + at) & low_bits(min(bits - at, kPiece));
+    int block = at / p.heads, head = at - block * p.heads;
+#pragma unroll
+    for (int bit = 0; bit < kPiece; ++bit) {
+      if (word >> bit & 1) atomicAdd(&before[(block / bands.blocks + 1) * lists + b * p.heads + head], 1);
+      if (++head == p.heads) head = 0, ++block;
     }
   }
   __syncthreads();
@@ -152,7 +152,8 @@ __device__ int halved_tiles(int wide, int narrow, int clusters) {
 }
 
 __global__ void __launch_bounds__(kThreads, 1) q_plan_kernel(const __grid_constant__ QPlanArguments a) {
-  cudaTriggerProgrammaticLaunchCompletion();  // the next kernel may be set up; it waits for this one's end
+  let_next_start();
+  wait_for_previous();
   extern __shared__ int dynamic[];
   const QProblem& p = a.problem;
   const Bands bands(p);
@@ -192,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, 1) q_plan_kernel(const __grid_consta
 }
 
 __global__ void o_plan_kernel(int* counter) {
-  cudaTriggerProgrammaticLaunchCompletion();
+  let_next_start();
+  wait_for_previous();
   *counter = 0;
 }
 
@@ -228,13 +230,11 @@ void launch_q_plan(const QPlanArguments& a, cudaStream_t stream) {
   });
   const dim3 grid(a.problem.batch * a.problem.heads, std::min(a.problem.groups, kMostWriters));
   const int bytes = (Bands(a.problem).counts(a.problem) + a.problem.blocks) * 4;
-  q_plan_kernel<<<grid, kThreads, bytes, stream>>>(a);
-  check_cuda(cudaGetLastError(), "q_plan_kernel");
+  launch_next(q_plan_kernel, "q_plan_kernel", a, grid, kThreads, bytes, device, stream);
 }
 
-void launch_o_plan(int* counter, cudaStream_t stream) {
-  o_plan_kernel<<<1, 1, 0, stream>>>(counter);
-  check_cuda(cudaGetLastError(), "o_plan_kernel");
+void launch_o_plan(int* counter, int device, cudaStream_t stream) {
+  launch_next(o_plan_kernel, "o_plan_kernel", counter, dim3(1), 1, 0, device, stream);
 }
 
 }  // namespace flashomni::cuda::sm90

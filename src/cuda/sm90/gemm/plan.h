@@ -33,7 +33,7 @@ struct QPlanArguments {
 /// One launch, whose shape depends on the tensors' shapes alone.
 void launch_q_plan(const QPlanArguments& arguments, cudaStream_t stream);
 /// Sets `counter` to zero.
-void launch_o_plan(int* counter, cudaStream_t stream);
+void launch_o_plan(int* counter, int device, cudaStream_t stream);
 
 /// The most tiles that `problem` can have.
 int64_t most_items(const QProblem& problem);
