@@ -46,13 +46,15 @@ struct GemmOUpdateArguments {
 
 /// GEMM-O at a Dispatch: out = sum_i coefficients[i] cached[i] + sum over active heads of o_h W_h^T + the
 /// columns past the heads (`past` as in the Update). The bias is inside cached[0]. coefficients float32
-/// [orders], on the tensors' device.
+/// [orders], on the tensors' device. keep_rows: rows of row blocks without an active head are neither
+/// computed nor written, `out` keeps what it holds there; nothing of these rows is read.
 struct GemmODispatchArguments {
   int32_t orders = 1;
   TensorView o, past, weight, coefficients, out;
   std::array<TensorView, kMaxOrder + 1> cached;
   int64_t head_dim = 0;  ///< a multiple of 8
   TileSymbols tiles;
+  bool keep_rows = false;
 };
 
 FLASHOMNI_API size_t gemm_q_workspace(const GemmQArguments& arguments, const Context& context);

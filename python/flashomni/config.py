@@ -33,7 +33,8 @@ class Config:
         for every 128 columns: about half the memory, rounded to three bits of mantissa.
     history: where what only Updates read is kept, "device" or "host": pinned memory, copied beside attention.
     mlp: "dense", or "follow" (not in the paper): in a Dispatch step, rows that are cached in all heads of an
-        attention have the feed-forward after it forecast too. max_order + 1 more tensors are kept a layer.
+        attention have the feed-forward after it forecast too, or in parallel blocks the sum of attention and
+        MLP. max_order + 1 more tensors are kept a layer.
     cross_attention: "dense", or "follow": the same for a cross-attention after it, of Wan's make.
     policy: name of the policy that chooses the symbols.
     dense_layers: indices of transformer layers that stay dense.

@@ -94,7 +94,7 @@ int64_t gemm_o_update(Tensor o, OptionalTensor o1, OptionalTensor o2, OptionalTe
 int64_t gemm_o_dispatch(Tensor o, OptionalTensor past, Tensor weight, Tensor cached, OptionalTensor cached1,
                         OptionalTensor cached2, OptionalTensor cached3, Tensor coefficients,
                         OptionalTensor cache, OptionalTensor cache_indptr, Tensor out, int64_t head_dim,
-                        int64_t heads, int64_t tokens, int64_t row_offset, int64_t block_q,
+                        int64_t heads, int64_t tokens, int64_t row_offset, int64_t block_q, bool keep_rows,
                         OptionalTensor workspace, int64_t threads) {
   return guarded([&] {
     GemmODispatchArguments arguments;
@@ -106,6 +106,7 @@ int64_t gemm_o_dispatch(Tensor o, OptionalTensor past, Tensor weight, Tensor cac
     arguments.out = view(out, "out");
     arguments.head_dim = head_dim;
     arguments.tiles = tile_symbols(cache, cache_indptr, heads, tokens, row_offset, block_q);
+    arguments.keep_rows = keep_rows;
     return run_within(arguments, make_context(o, threads), workspace, &gemm_o_dispatch_workspace,
                       &flashomni::gemm_o_dispatch);
   });

@@ -224,12 +224,17 @@ struct TileBits {
   }
 };
 
+inline bool any_active(const TileBits& bits, int64_t batch, int64_t block) {
+  for (int64_t h = 0; h < bits.tiles.heads; ++h) {
+    if (bits.active(batch, block, h)) return true;
+  }
+  return false;
+}
+
 inline bool any_active(const TileBits& bits, const RowBlocks& blocks, int64_t batch) {
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < blocks.count(); ++i) {
-      for (int64_t h = 0; h < bits.tiles.heads; ++h) {
-        if (bits.active(b, i, h)) return true;
-      }
+      if (any_active(bits, b, i)) return true;
     }
   }
   return false;
@@ -321,10 +326,12 @@ inline void gemm_o_dispatch_as(const GemmODispatchArguments& a, void* workspace,
   const RowBlocks blocks(a.tiles, a.o.shape[1]);
   const TileBits bits{a.tiles, blocks.first_block()};
   const float* coefficients = static_cast<const float*>(a.coefficients.data);
-  const bool any = a.weight.shape[1] > a.tiles.heads * a.head_dim || any_active(bits, blocks, a.o.shape[0]);
+  const bool past = a.weight.shape[1] > a.tiles.heads * a.head_dim;
+  const bool any = (past && !a.keep_rows) || any_active(bits, blocks, a.o.shape[0]);
   for_tiles<T>(
       a.weight, groups, blocks, a.o.shape[0], workspace, threads, [any](int64_t) { return any; },
       [&](const GemmScratch& scratch, const auto& weight, int64_t b, int64_t block, int64_t group) {
+        if (a.keep_rows && !any_active(bits, b, block)) return;
         const int64_t begin = blocks.begin(block), rows = blocks.end(block) - begin;
         const int64_t first = groups.first(group), width = groups.width(group);
         TileSum<T> sum(scratch, weight, group, width, rows);

@@ -136,12 +136,14 @@ void run_gemm_o(DType dtype, const Rows& r, int64_t head_dim, int64_t extra, int
 
   const Array later = Array::random(dtype, {r.batch, r.rows, k}, random);
   const Array coefficients = Array::random(DType::kFloat32, {orders}, random);
-  Array next(dtype, {r.batch, r.rows, n});
-  next.poison();
+  Array next(dtype, {r.batch, r.rows, n}), kept(dtype, {r.batch, r.rows, n});
+  next.poison(), kept.poison();
   GemmODispatchArguments d;
   d.orders = orders, d.o = later, d.weight = weight, d.coefficients = coefficients, d.out = next;
   d.head_dim = head_dim, d.tiles = r.tiles();
   for (int i = 0; i < orders; ++i) d.cached[i] = cached[static_cast<size_t>(i)];
+  run_operator(gemm_o_dispatch_workspace, gemm_o_dispatch, d, threads);
+  d.out = kept, d.keep_rows = true;
   run_operator(gemm_o_dispatch_workspace, gemm_o_dispatch, d, threads);
 
   const std::vector<double> w = weight.values();
@@ -175,6 +177,13 @@ void run_gemm_o(DType dtype, const Rows& r, int64_t head_dim, int64_t extra, int
         add_heads(forecast, laters, k, b, m, j, true);
         ASSERT_NEAR(next(b, m, j), forecast.value, tolerance(dtype, forecast.value, forecast.magnitude, k))
             << "dispatch";
+        bool written = false;
+        for (int64_t h = 0; h < r.heads; ++h) written |= r.active(b, m, h);
+        if (written) {
+          ASSERT_EQ(kept(b, m, j), next(b, m, j)) << "dispatch that keeps rows";
+        } else {
+          ASSERT_TRUE(std::isnan(kept(b, m, j))) << "a row without an active head was written";
+        }
       }
     }
   }

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashomni import SparseSymbols, gemm_o_dispatch, gemm_o_update, gemm_q
 from flashomni.symbols import pack
 
-NAN = float("nan")
+NAN, HELD = float("nan"), 7.0
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
 
@@ -30,6 +30,7 @@ class Problem:
     head_dim: int  # of the reduction, for GEMM-O
     strided: bool = False
     apart: bool = False  # GEMM-O: the columns past the heads are a tensor of their own
+    keep_rows: bool = False  # GEMM-O's Dispatch leaves row blocks without an active head alone
     derivatives: list[Tensor] = field(default_factory=list)
 
     def heads_and_past(self) -> tuple[Tensor, Tensor | None]:
@@ -46,6 +47,15 @@ class Problem:
     def output(self) -> Tensor:
         """NaN, as `out` or as a cached tensor."""
         return _matrix(self.shape, self.x.dtype, self.strided).fill_(NAN)
+
+    @property
+    def kept(self) -> Tensor:
+        """bool [B, M]: rows that a Dispatch leaves alone."""
+        return ~self.active.any(-1) & self.keep_rows
+
+    def dispatch_output(self) -> Tensor:
+        """NaN; with kept rows a number, which a NaN could not hide behind."""
+        return self.output().fill_(HELD if self.keep_rows else NAN)
 
     def head_columns(self, tensor: Tensor, active: bool) -> Tensor:
         """`tensor` in float64, the columns of the other heads zero; columns past the heads are active."""
@@ -90,6 +100,7 @@ def make_problem(
     strided: bool = False,
     apart: bool = False,
     order: int = 0,
+    keep_rows: bool = False,
 ) -> Problem:
     """for_q: outputs are heads * head_dim, and `width` is the reduction's length; else the reduction goes
     over heads * head_dim and `past` columns more. rest: tokens of the joint sequence after the matrix."""
@@ -123,6 +134,7 @@ def make_problem(
         head_dim=head_dim,
         strided=strided,
         apart=apart and past > 0 and symbols,
+        keep_rows=keep_rows,
         derivatives=[_normal((batch, rows, derivative), dtype, strided) for _ in range(order)],
     )
 
@@ -156,6 +168,7 @@ def random_problem(seed: int, for_q: bool) -> Problem:
         strided=rng.random() < 0.5,
         apart=rng.random() < 0.5,
         order=rng.choice([0, 0, 1, 2, 3]),
+        keep_rows=rng.random() < 0.5,
     )
 
 
@@ -230,6 +243,7 @@ def hide_cached(p: Problem) -> None:
     """What a Dispatch may not read of x becomes NaN."""
     hidden = ~p.active.repeat_interleave(p.head_dim, -1)
     p.x[..., : hidden.shape[-1]][hidden] = NAN
+    p.x[p.kept] = NAN
 
 
 def run_dispatch(p: Problem, cached: list[Tensor], coefficients: Tensor, out: Tensor) -> None:
@@ -239,13 +253,17 @@ def run_dispatch(p: Problem, cached: list[Tensor], coefficients: Tensor, out: Te
         past=past,
         head_dim=p.head_dim,
         row_offset=p.row_offset,
+        keep_rows=p.keep_rows,
         out=out,
     )
 
 
 def check_dispatch(p: Problem, cached: list[Tensor], coefficients: Tensor, out: Tensor) -> None:
+    """Asserts that `out`, a dispatch_output() before, holds the solution, in the rows that are not kept."""
+    assert bool((out[p.kept] == HELD).all()), "a row without an active head was written"
     value, magnitude = terms(p, p.head_columns(p.x, active=True))
     for c, part in zip(coefficients.tolist(), cached, strict=True):
         if c != 0:
             value, magnitude = value + c * part.double(), magnitude + abs(c) * part.double().abs()
-    close(out, value, magnitude, p.x.dtype, "gemm_o_dispatch")
+    rows = ~p.kept
+    close(out[rows], value[rows], magnitude[rows], p.x.dtype, "gemm_o_dispatch")

@@ -55,7 +55,11 @@ def gemm() -> int:
         gemm_problems.make_problem(dtype, 400, 3, dim, 264, 0.5, past=40, order=1, **options)
         for dtype in (torch.bfloat16, torch.float16)
         for dim in (64, 80, 128)
-        for options in ({"row_offset": 77, "strided": True}, {"block": 64, "batch": 2})
+        for options in (
+            {"row_offset": 77, "strided": True},
+            {"block": 64, "batch": 2},
+            {"block": 64, "apart": True, "keep_rows": True},
+        )
     ]
     for p in q:
         out = p.output()
@@ -66,6 +70,7 @@ def gemm() -> int:
         gemm_problems.run_update(p, out, cached)
         gemm_problems.check_update(p, out, cached)
         gemm_problems.hide_cached(p)
+        out = p.dispatch_output()
         gemm_problems.run_dispatch(p, cached, factors, out)
         gemm_problems.check_dispatch(p, cached, factors, out)
     return len(q) + len(o)

@@ -179,7 +179,9 @@ def gemm_o_dispatch(
     head_dim: int,
     block_q: int,
     row_offset: int,
+    keep: Tensor | None = None,
 ) -> Tensor:
+    """keep [M, N]: what rows of row blocks without an active head hold, and go on holding."""
     # Only active tiles of o may be read: the others are replaced before any arithmetic.
     o = o.clone()
     for r in range(o.shape[0]):
@@ -188,7 +190,11 @@ def gemm_o_dispatch(
                 o[r, h * head_dim : (h + 1) * head_dim] = 0
     _, active, past = head_shares(o, weight, cache, heads, head_dim, block_q, row_offset)
     forecast = sum(float(c) * part.double() for c, part in zip(coefficients, cached, strict=True))
-    return forecast + active + past
+    result = forecast + active + past
+    for r in range(o.shape[0] if keep is not None else 0):
+        if not any(is_active(cache, (row_offset + r) // block_q, heads, h) for h in range(heads)):
+            result[r] = keep[r].double()
+    return result
 
 
 def block_mean(x: Tensor, block: int) -> Tensor:

@@ -37,14 +37,37 @@ def step_kind(step: int, steps: int, interval: int, warmup: int, cooldown: int) 
     return ("update", 0) if since == 0 else ("dispatch", since)
 
 
+class History:
+    """Differences of what one module gave at the recorded steps. `run` gives the step at hand."""
+
+    def __init__(self, run: SlowRun):
+        self.run = run
+        self.differences: list[torch.Tensor] = []
+        self.recorded_at: int | None = None
+
+    def record(self, x: torch.Tensor) -> None:
+        """If this step is one that is recorded."""
+        run = self.run
+        if run.kind[0] != "update" and not run.warmup - run.order <= run.step < run.warmup:
+            return
+        old, new = self.differences, [x]
+        gap = None if self.recorded_at is None else run.step - self.recorded_at
+        for i in range(min(len(old), run.order)):
+            new.append((new[i] - old[i]) / gap)
+        self.differences, self.recorded_at = new, run.step
+
+    def forecast(self, cache: torch.Tensor) -> torch.Tensor:
+        """Of order 0 where the layer is reused whole."""
+        terms = self.differences if cache.any() else self.differences[:1]
+        return sum(self.run.kind[1] ** i / math.factorial(i) * term for i, term in enumerate(terms))
+
+
 class SlowProcessor:
     """One attention layer. `run` gives the step at hand."""
 
     def __init__(self, run: SlowRun, layer: int):
         self.run, self.layer = run, layer
-        self.differences: list[torch.Tensor] = []
-        self.recorded_at: int | None = None
-        self.masks = None
+        self.history, self.masks, self.tokens = History(run), None, 0
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
@@ -68,33 +91,38 @@ class SlowProcessor:
         return attn.to_out[0](o[:, text:]), attn.to_add_out(o[:, :text])
 
     def _attend(self, q, k, v):
-        run = self.run
-        kind, since = step_kind(run.step, run.steps, run.interval, run.warmup, run.cooldown)
-        if kind == "dispatch":
-            return self._dispatch(q, k, v, since)
+        run, self.tokens = self.run, q.shape[1]
+        if run.kind[0] == "dispatch":
+            return self._dispatch(q, k, v)
         o = _softmax(q, k, None) @ v.transpose(1, 2)
         o = o.transpose(1, 2)
-        if kind == "update" or run.warmup - run.order <= run.step < run.warmup:
-            self._record(o)
-        if kind == "update":
+        self.history.record(o)
+        if run.kind[0] == "update":
             self.masks = run.policy.masks[run.step, run.context, self.layer]
         return o
 
-    def _record(self, o):
-        old, new = self.differences, [o]
-        gap = None if self.recorded_at is None else self.run.step - self.recorded_at
-        for i in range(min(len(old), self.run.order)):
-            new.append((new[i] - old[i]) / gap)
-        self.differences, self.recorded_at = new, self.run.step
-
-    def _dispatch(self, q, k, v, since):
+    def _dispatch(self, q, k, v):
         cache, skip = self.masks
         rows = torch.arange(q.shape[1]) // self.run.block_q
         columns = torch.arange(k.shape[1]) // self.run.block_kv
         o = _softmax(q, k, skip[:, :, rows][:, :, :, columns]) @ v.transpose(1, 2)
-        terms = self.differences if cache.any() else self.differences[:1]
-        forecast = sum(since**i / math.factorial(i) * term for i, term in enumerate(terms))
-        return torch.where(cache[:, :, rows].transpose(1, 2).unsqueeze(-1), o.transpose(1, 2), forecast)
+        active = cache[:, :, rows].transpose(1, 2).unsqueeze(-1)
+        return torch.where(active, o.transpose(1, 2), self.history.forecast(cache))
+
+
+class SlowRows:
+    """A hook on a module whose rows, the last of the sequence, follow an attention's (Config.mlp)."""
+
+    def __init__(self, attention: SlowProcessor):
+        self.attention, self.history = attention, History(attention.run)
+
+    def __call__(self, module, arguments, out):
+        run = self.attention.run
+        if run.kind[0] != "dispatch":
+            return self.history.record(out)
+        cache, _ = self.attention.masks
+        rows = torch.arange(self.attention.tokens)[-out.shape[1] :] // run.block_q
+        return torch.where(cache.any(1)[:, rows].unsqueeze(-1), out, self.history.forecast(cache))
 
 
 class SlowRun:
@@ -107,7 +135,16 @@ class SlowRun:
         self.block_q, self.block_kv = config.block_q, config.block_kv
         blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
         for layer, block in enumerate(blocks):
-            block.attn.set_processor(SlowProcessor(self, layer))
+            processor = SlowProcessor(self, layer)
+            block.attn.set_processor(processor)
+            if config.mlp == "follow":
+                after = block.ff if hasattr(block, "ff") else block.proj_out
+                after.register_forward_hook(SlowRows(processor))
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """Of the step at hand."""
+        return step_kind(self.step, self.steps, self.interval, self.warmup, self.cooldown)
 
     def next(self) -> None:
         self.step += 1

@@ -88,6 +88,34 @@ def test_layers_that_reuse_everything_do_so_at_order_zero(layers):
     compare(config, ReuseSomeLayers(layers), steps=9, text=77, batch=1)
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("block", [64, 128])
+def test_mlps_that_follow(order, block):
+    """Behind the attention (double blocks) and beside it (single blocks); heads cached together and apart."""
+    config = Config(
+        cache_interval=3,
+        max_order=order,
+        disable_cache_before_step=2,
+        block_q=block,
+        block_kv=64,
+        mlp="follow",
+    )
+    compare(config, RandomPolicy(0.6, 0.5, seed=order), steps=10, text=77, batch=2)
+
+
+@pytest.mark.parametrize("layers", [{1}, {0, 1, 2}])
+def test_mlps_that_follow_layers_that_are_reused_whole(layers):
+    config = Config(
+        cache_interval=4,
+        disable_cache_before_step=2,
+        block_q=64,
+        block_kv=64,
+        max_order=2,
+        mlp="follow",
+    )
+    compare(config, ReuseSomeLayers(layers), steps=9, text=77, batch=1)
+
+
 def test_no_warmup_and_no_cooldown():
     config = Config(cache_interval=4, disable_cache_before_step=0, cooldown_steps=0, block_q=64, block_kv=64)
     compare(config, RandomPolicy(0.4, 0.5), steps=8, text=16, batch=1)

@@ -25,16 +25,19 @@ MODELS = {
 
 
 class OddRows(Policy):
-    """Caches every second row block, in all heads; every third in one head alone."""
+    """Caches every second row block, in all heads; every third in one head alone, unless `whole`."""
 
     capturable = True
+
+    def __init__(self, whole: bool = False):
+        self.whole = whole
 
     def select(self, step, layout, stats, state, choice) -> None:
         s = choice.symbols
         cache = torch.ones(layout.batch, layout.heads, s.q_blocks, dtype=torch.bool)
         skip = torch.ones(*cache.shape, s.kv_blocks, dtype=torch.bool)
         cache[:, :, 1::2] = False
-        cache[:, 0, ::3] = False
+        cache[:, 0, ::3] &= self.whole
         protect(cache, skip, layout)
         choice.write(cache, skip)
 
@@ -127,10 +130,18 @@ def test_other_rows_than_the_attentions_are_computed() -> None:
 
 
 def test_explain() -> None:
-    pipe = tiny_pipeline()
+    pipe = sd3.pipeline()
     answer = flashomni.explain(pipe, config(mlp="follow"))
-    assert [row.mlp for row in answer.rows] == ["follow", "dense", "dense"]
-    assert "rows cached in all heads are forecast in 1 of 3 layers" in str(answer)
+    assert [row.mlp for row in answer.rows] == ["follow", "dense", "follow"]
+    assert "rows cached in all heads are forecast in 2 of 3 layers" in str(answer)
     assert "Feed-forward: dense in every step" in str(flashomni.explain(pipe))
     with pytest.raises(ValueError, match="mlp: expected one of"):
         config(mlp="sometimes")
+
+
+def test_a_model_without_memory_will_do() -> None:
+    """flashomni.memory() of a model on the meta device, whose feed-forwards follow all the same."""
+    pipe, shape = sd3.pipeline(), {"image_tokens": 168, "text_tokens": 20}
+    want = flashomni.memory(config(mlp="follow"), pipe, **shape)
+    pipe.transformer.to("meta")
+    assert flashomni.memory(config(mlp="follow"), pipe, **shape) == want

@@ -13,7 +13,7 @@ from flashomni import Config
 pytestmark = pytest.mark.gpu
 
 TEXT, HEIGHT, WIDTH, STEPS = 77, 24, 20, 16
-KEPT = [{}, {"cache_dtype": "float8_e4m3"}, {"history": "host"}]
+KEPT = [{}, {"cache_dtype": "float8_e4m3"}, {"history": "host"}, {"mlp": "follow"}]
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ def solve_o(p: Problem, coefficients: list[float] | None = None) -> None:
 def solve_dispatch(p: Problem, cached: list[torch.Tensor], coefficients: list[float]) -> None:
     problems.hide_cached(p)
     factors = torch.tensor(coefficients, device="cuda")
-    out = p.output()
+    out = p.dispatch_output()
     problems.run_dispatch(p, cached, factors, out)
     problems.check_dispatch(p, cached, factors, out)
 
@@ -112,6 +112,17 @@ def test_columns_past_the_heads() -> None:
     solve_o(make_problem(FP16, 700, 3, 96, 520, 0.4, past=40, row_offset=5))
 
 
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("past", [0, 4096])
+def test_rows_without_an_active_head_are_left_alone(block: int, past: int) -> None:
+    """One head, so that a block is a row; a tile of the kernel holds blocks of both kinds."""
+    shape = {"past": past, "block": block, "keep_rows": True}
+    for density in (0.0, 0.1, 0.5, 0.9, 1.0):
+        solve_o(make_problem(BF16, 1500, 1, 128, 1024, density, order=1, apart=True, **shape))
+        solve_o(make_problem(FP16, 700, 2, 96, 520, density / 2, row_offset=77, batch=2, **shape))
+    solve_o(make_problem(BF16, 4608, 1, 128, 3072, 0.5, apart=True, clustered=True, order=1, **shape))
+
+
 def test_without_symbols_it_is_linear() -> None:
     p = make_problem(BF16, 1000, 4, 128, 512, 1.0, for_q=True, width=512, symbols=False)
     solve_q(p)
@@ -165,11 +176,12 @@ def test_runs_repeat_to_the_bit(rows: int) -> None:
         assert torch.equal(out.nan_to_num(7), first.nan_to_num(7))
 
 
-def test_a_graph_obeys_symbols_and_coefficients_changed_in_place() -> None:
-    p = make_problem(BF16, 3000, 6, 128, 768, 0.3, order=1, row_offset=40)
+@pytest.mark.parametrize("keep_rows", [False, True])
+def test_a_graph_obeys_symbols_and_coefficients_changed_in_place(keep_rows: bool) -> None:
+    p = make_problem(BF16, 3000, 6, 128, 768, 0.3, order=1, row_offset=40, keep_rows=keep_rows)
     q = make_problem(BF16, 3000, 6, 128, 768, 0.3, for_q=True, width=512, row_offset=40)
     q.symbols, q.active = p.symbols, p.active
-    out_q, out_update, out = (p.output() for _ in range(3))
+    out_q, out_update, out = p.output(), p.output(), p.dispatch_output()
     cached, coefficients = [p.output() for _ in range(2)], torch.tensor([1.0, 2.0], device="cuda")
 
     def step() -> None:
@@ -186,8 +198,9 @@ def test_a_graph_obeys_symbols_and_coefficients_changed_in_place() -> None:
         p.symbols.cache.copy_(other.symbols.cache)
         p.active = q.active = other.active
         coefficients.copy_(torch.tensor(factors))
-        for tensor in (out_q, out_update, out, *cached):
+        for tensor in (out_q, out_update, *cached):
             tensor.fill_(float("nan"))
+        out.copy_(p.dispatch_output())
         graph.replay()
         problems.check_q(q, "gelu", out_q)
         problems.check_update(p, out_update, cached)

@@ -250,6 +250,7 @@ BAD = [
     ("gemm_o_dispatch", {"cached": []}, ValueError, "^cached: expected 1 to 4"),
     ("gemm_o_dispatch", {"cached": [ones(1, 150, 40), ones(1, 149, 40)]}, ValueError, r"^cached\[1\]: "),
     ("gemm_o_dispatch", {"weight": ones(40, 100)}, ValueError, "^weight: "),
+    ("gemm_o_dispatch", {"keep_rows": 1}, TypeError, "^keep_rows: expected True or False, got 1"),
     ("gemm_o_dispatch", {"out": ones(1, 150, 41)}, ValueError, "^out: "),
     ("select_flashomni", {"symbols": None}, TypeError, "^symbols: "),
     ("select_flashomni", {"q_mean": ones(1, 2, HEADS, DIM).half()}, TypeError, "^q_mean: "),

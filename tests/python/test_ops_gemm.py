@@ -125,8 +125,9 @@ orders = st.integers(0, 3)
     apart=st.booleans(),
     order=orders,
     bias=st.booleans(),
+    keep_rows=st.booleans(),
 )
-def test_gemm_o(geometry, head_dim, past, apart, order, bias) -> None:
+def test_gemm_o(geometry, head_dim, past, apart, order, bias, keep_rows) -> None:
     """An Update, then a Dispatch from what it cached; the columns past the heads in `o` or in `past`."""
     width = geometry["heads"] * head_dim
     case = Matrix(**geometry, width=width + past, outputs=60, rest=3)
@@ -157,21 +158,32 @@ def test_gemm_o(geometry, head_dim, past, apart, order, bias) -> None:
     o = random(case.generator, *case.x.shape, dtype=case.dtype)
     active = case.active().repeat_interleave(head_dim, -1)
     o[..., :width][~active] = float("nan")
+    held = random(case.generator, *case.shape, dtype=case.dtype)
+    asleep = ~case.active().any(-1)
+    if keep_rows:  # what nothing of may be read
+        o[asleep] = float("nan")
+        for part in cached:
+            part[asleep] = float("nan")
     out = poison(*case.shape, dtype=case.dtype)
+    out[asleep] = held[asleep] if keep_rows else float("nan")
     assert (
         gemm_o_dispatch(
             *(o[..., :width] if apart else o, case.weight, cached, factors, case.symbols),
             past=o[..., width:].contiguous() if apart else None,
             head_dim=head_dim,
             row_offset=case.offset,
+            keep_rows=keep_rows,
             out=out,
         )
         is out
     )
+    if keep_rows:
+        assert torch.equal(out[asleep], held[asleep])
     for b in range(case.shape[0]):
         expected = reference.gemm_o_dispatch(
             *(o[b], case.weight, [part[b] for part in cached], factors),
             *(case.symbols.cache[b], case.heads, head_dim, case.block_q, case.offset),
+            keep=held[b] if keep_rows else None,
         )
         reference.assert_close(out[b], expected, case.dtype, "dispatch")
 
@@ -215,3 +227,21 @@ def test_all_heads_cached_is_the_forecast_alone() -> None:
     o = torch.full((1, 100, 128), float("nan"))
     out = gemm_o_dispatch(o, torch.randn(40, 128), cached, coefficients(1, 2.0), zeros, head_dim=64)
     reference.assert_close(out, cached[0].double() + 2 * cached[1].double(), torch.float32)
+
+
+def test_rows_that_are_kept_are_zero_in_a_new_output() -> None:
+    case = Matrix(8, 2, 300, 2, 77, 64, 0.4, torch.float32, width=128 + 40, outputs=48)
+    cached = [torch.randn(case.shape)]
+    arguments = (case.x, case.weight, cached, coefficients(0, 1.0), case.symbols)
+    rows = case.active().any(-1)
+    assert rows.any() and not rows.all()
+    every = gemm_o_dispatch(*arguments, head_dim=64, row_offset=77)
+    out = gemm_o_dispatch(*arguments, head_dim=64, row_offset=77, keep_rows=True)
+    assert torch.equal(out[rows], every[rows]) and not out[~rows].any() and every[~rows].any()
+
+
+def test_without_symbols_no_row_is_kept() -> None:
+    case = Matrix(9, 1, 50, 2, 0, 128, 1.0, torch.float32, width=128, outputs=40)
+    arguments = (case.x, case.weight, [torch.randn(case.shape)], coefficients(0, 1.0), None)
+    out = gemm_o_dispatch(*arguments, head_dim=64, keep_rows=True)
+    assert torch.equal(out, gemm_o_dispatch(*arguments, head_dim=64))

@@ -68,7 +68,7 @@ def samples() -> dict[str, tuple]:
         "gemm_o_dispatch": (
             *(o[..., : HEADS * DIM], o[..., HEADS * DIM :], o_weight),
             *([torch.randn(*rows, 50) for _ in range(2)], torch.ones(2), s.cache, None),
-            *(torch.zeros(*rows, 50), DIM, *tiles),
+            *(torch.zeros(*rows, 50), DIM, *tiles, True),
         ),
         "block_mean": (q, torch.zeros(1, 5, HEADS, DIM), torch.zeros(1, 5, HEADS), 64),
         "select_flashomni": (
@@ -133,7 +133,7 @@ class Block(torch.nn.Module):
             flashomni.gemm_q(x, self.to_q.weight, None, s).view(q.shape), k, v, s
         )
         later = flashomni.gemm_o_dispatch(
-            sparse.flatten(2), self.to_out.weight, cached, coefficients, s, head_dim=DIM
+            sparse.flatten(2), self.to_out.weight, cached, coefficients, s, head_dim=DIM, keep_rows=True
         )
         return out, lse, new[1], later, flashomni.taylor_forecast(previous, coefficients)
 

@@ -129,14 +129,15 @@ def watch_engine(engine, device: torch.device) -> Iterator[EventLedger]:
 
 def sparse_work(classes: dict[str, float], transformer: nn.Module) -> dict[str, float]:
     """Of a dense step's milliseconds by class, what sparsity scales: attention, gemm_q, and of gemm_o what
-    reads attention's output; mlp where it follows the attention's rows."""
+    reads attention's output; mlp, with the rest of that product, where it follows the attention's rows."""
     joint = [m for path, m in transformer.named_modules() if MODULES["gemm_o+mlp"].search(path)]
     share = joint[0].out_features / joint[0].in_features if joint else 0.0  # as wide as the heads together
+    both = classes.get("gemm_o+mlp", 0.0)
     return {
         "attention": classes.get("attention", 0.0),
         "gemm_q": classes.get("gemm_q", 0.0),
-        "gemm_o": classes.get("gemm_o", 0.0) + share * classes.get("gemm_o+mlp", 0.0),
-        "mlp": classes.get("mlp", 0.0),
+        "gemm_o": classes.get("gemm_o", 0.0) + share * both,
+        "mlp": classes.get("mlp", 0.0) + (1 - share) * both,
     }
 
 

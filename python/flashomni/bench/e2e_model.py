@@ -37,7 +37,7 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Level:
     """How sparse an arm is. policy None: what the configuration's own policy chooses. follows: feed-forwards
-    follow the attention's rows."""
+    and parallel blocks' MLPs follow the attention's rows."""
 
     name: str
     policy: Policy | None = None

@@ -87,7 +87,7 @@ def row_of(layer: Layer, config: Config) -> Row:
         gemm_q,
         "sparse" if caches and layer.gemm_o else "dense",
         notes,
-        "follow" if config.mlp == "follow" and caches and layer.can_follow else "dense",
+        "follow" if config.mlp == "follow" and caches and layer.spec.mlp_can_follow(layer) else "dense",
         "" if layer.spec.cross_attention is None else _cross_attention(layer, config, caches),
     )
 
@@ -110,7 +110,8 @@ def explanation(
     if config.mlp == "follow":
         following = sum(row.mlp == "follow" for row in rows)
         feed_forward = (
-            f"Feed-forward: rows cached in all heads are forecast in {following} of {len(rows)} layers."
+            "Feed-forward (in parallel blocks the MLP with its attention): rows cached in all heads are "
+            f"forecast in {following} of {len(rows)} layers."
         )
     if any(row.cross_attention for row in rows):
         crossing = sum(row.cross_attention == "follow" for row in rows)

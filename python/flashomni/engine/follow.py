@@ -29,7 +29,8 @@ class Followed:
 
 
 def follow(engine, layer: int, name: str, compute: Compute) -> Tensor:
-    """The module `name` (a feed-forward, a cross-attention) after the attention `layer` of the pass at hand.
+    """What follows the attention `layer` of the pass at hand by the name `name`: a feed-forward or
+    cross-attention after it; "output": its own projection together with the MLP beside it.
 
     compute(rows, out) does it on the active rows (None: all) into `out` (None: a new tensor), returned.
     An Update keeps all of the result; a Dispatch forecasts all of it and computes the active rows anew.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni import ops
+from flashomni.engine.follow import follow
 from flashomni.engine.kept import Kept, forecast, unit
 from flashomni.engine.linear import (
     add_product,
@@ -22,6 +23,7 @@ from flashomni.engine.linear import (
 from flashomni.engine.measure import Measures, tile_norms
 from flashomni.engine.state import LayerState
 from flashomni.policies import Choice, Layout, Segment, Stats, Step
+from flashomni.symbols import SparseSymbols
 
 
 @dataclass(slots=True)
@@ -55,8 +57,9 @@ class Output:
 class Attention:
     """A joint attention as a model asks for it.
 
-    `o` [B, S, heads * head_dim] receives the heads' outputs. `past` [B, S, K] (a parallel MLP's) goes through
-    the output projection beside it, as the columns past the heads.
+    `o` [B, S, heads * head_dim] receives the heads' outputs. past(rows) makes [B, S, K] (a parallel MLP's) on
+    the active row blocks at least (None: on all), for the one output projection there is then, where these
+    are the columns past the heads; Config.mlp says whether the projection's rows follow the attention's.
 
     text: where the text lies; its length is 0 where there is none. condition: tokens that no policy may cache
     or skip either. valid: tokens a batch element, where padding ends the sequence: no key past them is seen.
@@ -71,7 +74,7 @@ class Attention:
     streams: list[Stream]
     outputs: list[Output]
     o: Tensor
-    past: Tensor | None = None
+    past: Callable[[SparseSymbols | None], Tensor] | None = None
     rope: tuple[Tensor, Tensor] | Callable[[Tensor, int], None] | None = None
     condition: Segment | None = None
     valid: tuple[int, ...] | None = None
@@ -82,7 +85,10 @@ class Attention:
 
 
 class LayerRun:
-    """Carries out one Attention. `engine` gives the step, the buffers, the policy and the ledger."""
+    """Carries out one Attention. `engine` gives the step, the buffers, the policy and the ledger.
+
+    What the step does here is known before anything runs: `kind`, and for what follows it state.done.
+    """
 
     def __init__(self, engine, attention: Attention):
         self.engine, self.a = engine, attention
@@ -99,38 +105,56 @@ class LayerRun:
         # Where nothing can be cached, nothing is kept either.
         self.caches = attention.text.length > 0 or not getattr(engine.policy, "caches_by_text", False)
         self.o4 = o.unflatten(-1, (attention.heads, attention.head_dim))
+        self.past: Tensor | None = None
+        self.keeps_o = self.caches and any(
+            why_not_plain(output.linear, o.dtype) is not None for output in attention.outputs
+        )
+        self.kind, record = self._decide()
+        self.record = record and self.caches
+        self.state.done = self.kind if self.caches else "full"
+        if self.record:
+            self.state.done = self.kind if self.kind == "update" else "record"
+            self.state.differences = self.state.history_of(engine)
+            self.state.keeps_o = self.keeps_o
+
+    def _decide(self) -> tuple[str, bool]:
+        """(the kind of step here, whether its O enters the history)."""
+        engine, state = self.engine, self.state
+        if self.a.layer in engine.config.dense_layers:
+            return "full", False
+        plan = engine.plan
+        if plan.kind != "dispatch":
+            return plan.kind, plan.kind == "update" or plan.record
+        if state.is_ready(engine) and state.keeps_o == self.keeps_o:
+            return "dispatch", False
+        # This context was not there at the Update (guidance that starts late), or its modules changed.
+        engine.journal.later(partial(engine.stats.note, "dispatch without an update: dense"))
+        return "full", engine.is_before_update()
 
     def run(self) -> list[Tensor]:
         """The outputs [B, rows, N], one a projection."""
+        if self.a.past is None or self.engine.config.mlp != "follow" or self.keeps_o:
+            return self._run()
+        out = follow(self.engine, self.a.layer, "output", lambda rows, out: self._run(rows, out)[0])
+        return [out]
+
+    def _run(self, rows: SparseSymbols | None = None, into: Tensor | None = None) -> list[Tensor]:
+        """The outputs; given `into` at a Dispatch, only the active `rows` of the one output, put there."""
         engine, state, a = self.engine, self.state, self.a
-        plan = engine.plan
-        keeps_o = self.caches and any(
-            why_not_plain(output.linear, a.o.dtype) is not None for output in a.outputs
-        )
-        kind = "full" if a.layer in engine.config.dense_layers else plan.kind
-        record = plan.record
-        if kind == "dispatch" and not (state.is_ready(engine) and state.keeps_o == keeps_o):
-            # This context was not there at the Update (guidance that starts late), or its modules changed.
-            kind, record = "full", engine.is_before_update()
-            engine.journal.later(partial(engine.stats.note, "dispatch without an update: dense"))
-        state.done = kind if self.caches else "full"
-        if kind == "dispatch":
-            outputs = self._dispatch()
+        if self.record:
+            self._prepare_history()
+        if a.past is not None:
+            self.past = a.past(rows)
+        if self.kind == "dispatch":
+            outputs = self._dispatch(into)
         else:
-            record = kind == "update" or (record and a.layer not in engine.config.dense_layers)
-            record &= self.caches
-            if record:
-                state.done = kind if kind == "update" else "record"
-                state.differences = state.history_of(engine)
-                state.keeps_o = keeps_o
-                self._prepare_history()
-            outputs = self._update() if kind == "update" else self._full(record)
-        engine.journal.later(partial(_count, engine, a.layer, kind, state))
+            outputs = self._update() if self.kind == "update" else self._full()
+        engine.journal.later(partial(_count, engine, a.layer, self.kind, state))
         return outputs
 
-    def _full(self, record: bool) -> list[Tensor]:
+    def _full(self) -> list[Tensor]:
         self._attend(None)
-        if record:
+        if self.record:
             self._record(keep=False)
         return [self._dense(output) for output in self.a.outputs]
 
@@ -153,7 +177,7 @@ class LayerRun:
         with engine.ledger("gemm_o"):
             return [self._output_update(i, derivatives[1 : state.orders]) for i in range(len(self.a.outputs))]
 
-    def _dispatch(self) -> list[Tensor]:
+    def _dispatch(self, into: Tensor | None) -> list[Tensor]:
         engine, state = self.engine, self.state
         coefficients = state.coefficients(engine, state.orders)
         if state.keeps_o:
@@ -163,7 +187,7 @@ class LayerRun:
             self._attend(state.symbols)
         if state.keeps_o or not self.caches:
             return [self._dense(output) for output in self.a.outputs]
-        return [self._output_dispatch(i, coefficients) for i in range(len(self.a.outputs))]
+        return [self._output_dispatch(i, coefficients, into) for i in range(len(self.a.outputs))]
 
     def _qkv(self) -> list[Tensor]:
         """Scratch for q, k and v, each [B, S, H, D]."""
@@ -319,8 +343,11 @@ class LayerRun:
             one.keep(product)
         return out
 
-    def _output_dispatch(self, i: int, coefficients: Tensor) -> Tensor:
-        """The kernel adds orders of the model's own dtype: what is kept in e4m3 is forecast before."""
+    def _output_dispatch(self, i: int, coefficients: Tensor, into: Tensor | None) -> Tensor:
+        """Given `into`, rows without an active head are left as they are there.
+
+        The kernel adds orders of the model's own dtype: what is kept in e4m3 is forecast before.
+        """
         engine, state, output = self.engine, self.state, self.a.outputs[i]
         kept = state.cached[i][: state.orders]
         if kept[0].fp8:
@@ -339,6 +366,8 @@ class LayerRun:
                 head_dim=self.a.head_dim,
                 row_offset=output.start,
                 past=self._past(output),
+                keep_rows=into is not None,
+                out=into,
             )
 
     def _dense(self, output: Output) -> Tensor:
@@ -354,7 +383,7 @@ class LayerRun:
             return out
 
     def _past(self, output: Output) -> Tensor | None:
-        return self._rows(self.a.past, output) if self.a.past is not None else None
+        return self._rows(self.past, output) if self.past is not None else None
 
     @staticmethod
     def _rows(tensor: Tensor, output: Output) -> Tensor:

@@ -156,6 +156,11 @@ def expect_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 
+def expect_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from flashomni.ops._dispatch import (
     define,
     expect,
+    expect_bool,
     expect_dims,
     expect_integer,
     invoke,
@@ -54,7 +55,7 @@ def _call_dispatch(
     cache: Tensor | None,
     cache_indptr: Tensor | None,
     out: Tensor,
-    *numbers: int,
+    *numbers: int | bool,
 ) -> None:
     cached = (*cached, *(None,) * (_ORDERS - len(cached)))
     invoke("gemm_o_dispatch", o, o, past, weight, *cached, coefficients, cache, cache_indptr, out, *numbers)
@@ -76,7 +77,7 @@ _update_operator = define(
 _dispatch_operator = define(
     "gemm_o_dispatch(Tensor o, Tensor? past, Tensor weight, Tensor[] cached, Tensor coefficients, "
     "Tensor? cache, Tensor? cache_indptr, Tensor(a!) out, int head_dim, int heads, "
-    "int tokens, int row_offset, int block_q) -> ()",
+    "int tokens, int row_offset, int block_q, bool keep_rows) -> ()",
     _call_dispatch,
     no_result,
 )
@@ -188,6 +189,7 @@ def gemm_o_dispatch(
     head_dim: int,
     row_offset: int = 0,
     past: Tensor | None = None,
+    keep_rows: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """GEMM-O at a Dispatch.
@@ -198,12 +200,15 @@ def gemm_o_dispatch(
     read.
     cached: D + 1 tensors [B, M, N] from gemm_o_update; coefficients: float32 [D + 1] on the tensors' device
     (flashomni.schedule.coefficients). out: [B, M, N].
+    keep_rows: rows of row blocks without an active head are neither computed nor written: they stay as they
+        were in `out` (zero where this allocates it).
 
     Returns out. Raises ValueError, TypeError or NotImplementedError that names the argument, RuntimeError for
     tensors that require grad.
     """
     cached = tuple(cached) if not isinstance(cached, Tensor) else cached
     orders("cached", cached, 1, _ORDERS)
+    expect_bool("keep_rows", keep_rows)
     cache, cache_indptr = tile_arguments(symbols)
     names = ("o", "weight", "coefficients", "past", *_TILE_NAMES, *("cached",) * len(cached))
     direct = is_direct(names, (o, weight, coefficients, past, cache, cache_indptr, out, *cached), 3)
@@ -213,9 +218,9 @@ def gemm_o_dispatch(
         expect_dims("past", past, "B, M, K'")
     geometry = _geometry(symbols, o, _heads_of(symbols, o, head_dim), row_offset)
     if out is None:
-        out = new_output((o.shape[0], o.shape[1], weight.shape[0]), o, None)
+        out = new_output((o.shape[0], o.shape[1], weight.shape[0]), o, cache if keep_rows else None)
     (_call_dispatch if direct else _dispatch_operator)(
-        o, past, weight, list(cached), coefficients, cache, cache_indptr, out, head_dim, *geometry
+        o, past, weight, list(cached), coefficients, cache, cache_indptr, out, head_dim, *geometry, keep_rows
     )
     return out
 

@@ -67,6 +67,11 @@ class Blocks:
         """Notes in `layer` what has to be called as a module: its look() does that."""
         raise NotImplementedError
 
+    def mlp_can_follow(self, layer: Layer) -> bool:
+        """Whether the MLP's rows can follow the attention's (Config.mlp); after find_fallbacks()."""
+        names = self.feed_forward[:1]
+        return bool(names) and not any(note.split()[0] == names[0] for note in layer.fallbacks)
+
     def intercept(self, call: Call, layer: Layer) -> Restore:
         """Puts our code in place in one layer; returns a function that takes it out again."""
         raise NotImplementedError
@@ -89,12 +94,6 @@ class Layer:
     fallbacks: list[str] = field(default_factory=list)
     gemm_o: bool = True  # the output projections are ours
     cross_refusal: str | None = None  # why the cross-attention cannot follow the attention
-
-    @property
-    def can_follow(self) -> bool:
-        """Whether the feed-forward after the attention can have its rows forecast."""
-        names = self.spec.feed_forward[:1]
-        return bool(names) and not any(note.split()[0] == names[0] for note in self.fallbacks)
 
     @property
     def cross_can_follow(self) -> bool:
@@ -197,24 +196,35 @@ def feed_forward_scratch(
     """The inner activations of feed-forwards that run as two products, by their rows."""
     found = []
     for name, count in zip(names, rows, strict=False):
-        if part(layer.block, name) is None:
-            continue
-        if any(note.split()[0] == name and "weight that is no plain" not in note for note in layer.fallbacks):
+        if part(layer.block, name) is None or not _will_be_fused(layer, name):
             continue
         found.append((f"feed_forward {count}", count * part(layer.block, name).net[0].proj.out_features))
     return found
 
 
+def _will_be_fused(layer: Layer, name: str) -> bool:
+    """Whether a feed-forward runs as two products; that its weights may be on the meta device now is no
+    reason why not."""
+    notes = [note for note in layer.fallbacks if note.split()[0] == name]
+    return all("weight that is no plain" in note for note in notes)
+
+
 def followers(layer: Layer, rows: int) -> dict[str, tuple[str, int, int]]:
     """What can follow the attention, by the Config's field: (what its scratch is called, rows, features)."""
     found = {}
-    if layer.can_follow:
-        features = part(layer.block, layer.spec.feed_forward[0]).net[2].out_features
+    names = layer.spec.feed_forward[:1]
+    if names and _will_be_fused(layer, names[0]):
+        features = part(layer.block, names[0]).net[2].out_features
         found["mlp"] = ("feed_forward", rows, features)
     if layer.cross_can_follow:
         features = part(layer.block, f"{layer.spec.cross_attention}.to_out.0").out_features
         found["cross_attention"] = ("cross_attention", rows, features)
     return found
+
+
+def output_follower(out: nn.Module, rows: int) -> dict[str, tuple[str, int, int]]:
+    """The same for a parallel block, whose MLP follows in the projection `out` of attention and MLP."""
+    return {} if keeps_o([out]) else {"mlp": ("output", rows, out.out_features)}
 
 
 class Processor(InGraph):

@@ -16,6 +16,7 @@ from flashomni.diffusers.blocks.base import (
     Projections,
     Restore,
     keeps_o,
+    output_follower,
     part,
     put_processor,
     refuse_masks,
@@ -24,6 +25,7 @@ from flashomni.diffusers.blocks.base import (
 from flashomni.diffusers.call import Call
 from flashomni.engine import Attention, LinearRows, Output, Stream, apply_linear, why_no_norm, why_not_plain
 from flashomni.engine.memory import LayerShape
+from flashomni.symbols import SparseSymbols
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,9 @@ class FusedBlocks(Blocks):
             layer.look(layer.attention, name, why_no_norm)
         layer.gemm_o &= layer.look(layer.attention, self.after, why_not_plain)
 
+    def mlp_can_follow(self, layer: Layer) -> bool:
+        return layer.gemm_o  # with the attention, in the projection of both
+
     def intercept(self, call: Call, layer: Layer) -> Restore:
         return put_processor(layer.attention, FusedProcessor(call, layer, layer.attention.processor))
 
@@ -60,6 +65,7 @@ class FusedBlocks(Blocks):
             tokens=tokens,
             outputs=((tokens, after.out_features),),
             keeps_o=keeps_o([after]),
+            followers=output_follower(after, tokens),
             scratch=(("o", tokens * layer.width), ("mlp", tokens * hidden)),
         )
 
@@ -90,10 +96,6 @@ class FusedProcessor(Processor):
         joint = self.call.lay_out_whole(x.shape[1])
         after = part(attn, spec.after)
         q, k, v, mlp, hidden = self._projections(part(attn, spec.before), x)
-        with engine.ledger("mlp"):
-            inner = engine.buffers.take("mlp", (*x.shape[:2], hidden), x)
-            apply_linear(mlp, x, inner)
-            past = part(attn, spec.activation)(inner)
         norms = part(attn, spec.norm_q), part(attn, spec.norm_k)
         attention = Attention(
             layer=layer.index,
@@ -105,11 +107,18 @@ class FusedProcessor(Processor):
             streams=[Stream(x, 0, q, k, v, *norms)],
             outputs=[Output(after, 0, joint.tokens)],
             o=engine.buffers.take("o", (*x.shape[:2], layer.width), x),
-            past=past,
+            past=partial(self._mlp, mlp, hidden, x),
             rope=rope_of(self.call, spec, image_rotary_emb, joint),
         )
         (out,) = engine.attend(attention)
         return out
+
+    def _mlp(self, mlp: Any, hidden: int, x: Tensor, rows: SparseSymbols | None) -> Tensor:
+        """activation(mlp(x)), of which only active row blocks hold for x."""
+        with self.engine.ledger("mlp"):
+            inner = self.engine.buffers.take("mlp", (*x.shape[:2], hidden), x)
+            apply_linear(mlp, x, inner, rows)
+            return part(self.layer.attention, self.spec.activation)(inner)
 
     def _projections(self, before: nn.Module, x: Tensor) -> tuple:
         """q, k, v and mlp as layers of their own, and how many features mlp has."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from flashomni.diffusers.blocks.base import (
     Projections,
     Restore,
     keeps_o,
+    output_follower,
     part,
     refuse_masks,
     rope_of,
@@ -26,6 +28,7 @@ from flashomni.diffusers.blocks.feed_forward import fused_activation
 from flashomni.diffusers.call import Call
 from flashomni.engine import Attention, Output, apply_linear, why_not_plain
 from flashomni.engine.memory import LayerShape
+from flashomni.symbols import SparseSymbols
 
 
 def modulate(norm: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -70,6 +73,9 @@ class ParallelBlocks(Blocks):
         if not self.gated and fused_activation(activation) is None:
             layer.fallbacks.append(f"{self.activation} is {type(activation).__name__}, not GELU")
 
+    def mlp_can_follow(self, layer: Layer) -> bool:
+        return layer.gemm_o  # with the attention, in the projection of both
+
     def intercept(self, call: Call, layer: Layer) -> Restore:
         forward = ParallelForward(call, layer)
         layer.block.forward = forward
@@ -91,6 +97,7 @@ class ParallelBlocks(Blocks):
             tokens=tokens,
             outputs=((tokens, out.out_features),),
             keeps_o=keeps_o([out]),
+            followers=output_follower(out, tokens),
             scratch=(
                 ("o", tokens * layer.width),
                 ("past", tokens * (out.in_features - layer.width)),
@@ -161,9 +168,6 @@ class ParallelForward(InGraph):
             joint = self.call.lay_out_whole(tokens)
         else:
             joint = self.call.lay_out(text.shape[1], tokens - text.shape[1])
-        out = part(block, spec.out)
-        past = engine.buffers.take("past", (*x.shape[:2], out.in_features - layer.width), x)
-        self._mlp(part(block, spec.mlp), x, past)
         attention = Attention(
             layer=layer.index,
             heads=layer.heads,
@@ -172,26 +176,28 @@ class ParallelForward(InGraph):
             condition=joint.condition,
             valid=joint.valid,
             streams=[stream_of(layer.attention, spec.stream, x, 0)],
-            outputs=[Output(out, 0, joint.tokens)],
+            outputs=[Output(part(block, spec.out), 0, joint.tokens)],
             o=engine.buffers.take("o", (*x.shape[:2], layer.width), x),
-            past=past,
+            past=partial(self._mlp, x),
             rope=rope_of(self.call, spec, arguments.get("rope"), joint),
         )
         return engine.attend(attention)[0]
 
-    def _mlp(self, mlp: nn.Module, x: Tensor, out: Tensor) -> None:
-        module = part(self.block, self.spec.activation)
+    def _mlp(self, x: Tensor, rows: SparseSymbols | None) -> Tensor:
+        """activation(mlp(x)) on active row blocks; the others hold what was there."""
+        block, spec, engine = self.block, self.spec, self.engine
+        mlp, module = part(block, spec.mlp), part(block, spec.activation)
+        columns = part(block, spec.out).in_features - self.layer.width
+        out = engine.buffers.take("past", (*x.shape[:2], columns), x)
         activation = fused_activation(module)
-        with self.engine.ledger("mlp"):
-            if self.spec.gated:
-                inner = self.engine.buffers.take("mlp", (*x.shape[:2], mlp.out_features), x)
-                apply_linear(mlp, x, inner)
+        with engine.ledger("mlp"):
+            if spec.gated:
+                inner = engine.buffers.take("mlp", (*x.shape[:2], mlp.out_features), x)
+                apply_linear(mlp, x, inner, rows)
                 value, gate = inner.chunk(2, dim=-1)
-                torch.mul(module(gate), value, out=out)
-                return
-            apply_linear(mlp, x, out, activation=activation)
-            if activation is None:
-                out.copy_(module(out))
+                return torch.mul(module(gate), value, out=out)
+            apply_linear(mlp, x, out, rows, activation=activation)
+            return out if activation is not None else out.copy_(module(out))
 
 
 def join(first: Tensor, second: Tensor) -> Tensor:
