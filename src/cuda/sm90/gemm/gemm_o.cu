@@ -88,6 +88,7 @@ void gemm_o_dispatch(const GemmODispatchArguments& a, const Context& context) {
   for (int i = 0; i < a.orders; ++i) p.cached[i] = output_of(a.cached[i], 1, 64, kCached[i]);
   p.coefficients = a.coefficients.as<const float>();
   p.coefficient_stride = a.coefficients.strides[0];
+  p.keeps_rows = a.keep_rows;
   launch(p, a.out.dtype, a.out.device.id, context);
 }
 
