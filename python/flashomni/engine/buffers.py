@@ -35,8 +35,11 @@ class Buffers:
     def rows(
         self, names: str, shape: tuple[int, ...], like: Tensor, first: int, count: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Rows first .. first + count of what take() gives for each letter of `names` and [B, S, H, D]: as [B,
-        count, H, D] and as [B, count, H * D]. Made once, as views are a good part of a layer's host time."""
+        """Rows first .. first + count of the tensors that take() gives for a shape [B, S, H, D], one a letter
+        of `names`: as [B, count, H, D] and as [B, count, H * D].
+
+        Made once, as views are a good part of a layer's host time. The tensors are to be taken besides.
+        """
         key = (names, shape, like.dtype, like.device, first, count)
         rows = self._rows.get(key)
         if rows is None:

@@ -17,6 +17,7 @@ from flashomni.engine.linear import (
     linear_tiles,
     norm_across_heads,
     norm_and_rope,
+    weight_and_bias,
     why_not_plain,
 )
 from flashomni.engine.measure import Measures, tile_norms
@@ -86,20 +87,18 @@ class LayerRun:
 
     def __init__(self, engine, attention: Attention):
         self.engine, self.a = engine, attention
-        batch, tokens, _ = attention.o.shape
-        o = attention.o
-        config = engine.config
+        o, config = attention.o, engine.config
+        self.shape = (*o.shape[:2], attention.heads, attention.head_dim)  # of q, k and v
+        self.o4 = o.view(self.shape)
         self.state: LayerState = engine.contexts.layer(
             engine.context,
             attention.layer,
-            (batch, tokens, attention.heads, attention.head_dim, o.dtype, o.device),
+            (*self.shape, o.dtype, o.device),
             config.block_q,
             config.block_kv,
         )
         # Where nothing can be cached, nothing is kept either.
         self.caches = attention.text.length > 0 or not getattr(engine.policy, "caches_by_text", False)
-        self.o4 = o.view(batch, tokens, attention.heads, attention.head_dim)
-        self.shape = (batch, tokens, attention.heads, attention.head_dim)
 
     def run(self) -> list[Tensor]:
         """The outputs [B, rows, N], one a projection."""
@@ -331,10 +330,11 @@ class LayerRun:
             coefficients = unit(self.a.o.device)
         else:
             products = [one.read() for one in kept]
+        weight, _ = weight_and_bias(output.linear)
         with engine.ledger("gemm_o"):
             return ops.gemm_o_dispatch(
                 self._rows(self.a.o, output),
-                output.linear.weight,
+                weight,
                 products,
                 coefficients,
                 state.symbols,

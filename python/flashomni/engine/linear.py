@@ -63,6 +63,13 @@ def why_not_plain(module: nn.Module | LinearRows, dtype: torch.dtype) -> str | N
     return None
 
 
+def weight_and_bias(module: nn.Linear | LinearRows) -> tuple[Tensor, Tensor | None]:
+    """Those of a plain linear layer."""
+    if isinstance(module, LinearRows):
+        return module.weight, module.bias
+    return _attribute(module, "weight"), _attribute(module, "bias")
+
+
 def linear_tiles(
     x: Tensor,
     weight: Tensor,
@@ -126,9 +133,8 @@ def apply_linear(
     x [B, M, K], out [B, M, N].
     """
     if why_not_plain(module, x.dtype) is None:
-        linear_tiles(
-            x, module.weight, module.bias, symbols, row_offset=row_offset, activation=activation, out=out
-        )
+        weight, bias = weight_and_bias(module)
+        linear_tiles(x, weight, bias, symbols, row_offset=row_offset, activation=activation, out=out)
         return
     y = module(x)
     if activation is not None:
