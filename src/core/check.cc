@@ -1,6 +1,7 @@
 #include "src/core/check.h"
 
 #include <cmath>
+#include <string>
 
 namespace flashomni::check {
 namespace {
@@ -13,31 +14,8 @@ std::string shape_text(std::initializer_list<int64_t> shape) {
   return result + "]";
 }
 
-void present(const TensorView& view, const std::string& name) {
+void present(const TensorView& view, const char* name) {
   if (!view.present()) fail(ErrorKind::kType, name, "a tensor", "nothing");
-}
-
-void tensor_named(const TensorView& view, const std::string& name, DType dtype, Device device,
-                  std::initializer_list<int64_t> shape) {
-  present(view, name);
-  if (view.dtype != dtype) {
-    fail(ErrorKind::kType, name, text(name_of(dtype), shape_text(shape)), describe(view));
-  }
-  bool fits = view.ndim == static_cast<int32_t>(shape.size());
-  for (int i = 0; fits && i < view.ndim; ++i)
-    fits = shape.begin()[i] == kAny || shape.begin()[i] == view.shape[i];
-  if (!fits) fail(ErrorKind::kValue, name, text(name_of(dtype), shape_text(shape)), describe(view));
-  if (!(view.device == device)) {
-    fail(ErrorKind::kValue, name, text("a tensor on ", name_of(device)),
-         text("one on ", name_of(view.device)));
-  }
-  const int last = view.ndim - 1;
-  if (last >= 0 && view.shape[last] > 1 && view.strides[last] != 1) {
-    fail(ErrorKind::kValue, name, "a last stride of 1", text(view.strides[last]));
-  }
-  if (view.data == nullptr && view.numel() > 0) {
-    fail(ErrorKind::kValue, name, "memory", text("a null pointer for ", describe(view)));
-  }
 }
 
 /// Addresses, in bytes, of the first and one past the last element; negative strides included.
@@ -81,7 +59,25 @@ bool interleave(const TensorView& a, const TensorView& b, int64_t period) {
 
 void tensor(const TensorView& view, const char* name, DType dtype, Device device,
             std::initializer_list<int64_t> shape) {
-  tensor_named(view, name, dtype, device, shape);
+  present(view, name);
+  if (view.dtype != dtype) {
+    fail(ErrorKind::kType, name, text(name_of(dtype), shape_text(shape)), describe(view));
+  }
+  bool fits = view.ndim == static_cast<int32_t>(shape.size());
+  for (int i = 0; fits && i < view.ndim; ++i)
+    fits = shape.begin()[i] == kAny || shape.begin()[i] == view.shape[i];
+  if (!fits) fail(ErrorKind::kValue, name, text(name_of(dtype), shape_text(shape)), describe(view));
+  if (!(view.device == device)) {
+    fail(ErrorKind::kValue, name, text("a tensor on ", name_of(device)),
+         text("one on ", name_of(view.device)));
+  }
+  const int last = view.ndim - 1;
+  if (last >= 0 && view.shape[last] > 1 && view.strides[last] != 1) {
+    fail(ErrorKind::kValue, name, "a last stride of 1", text(view.strides[last]));
+  }
+  if (view.data == nullptr && view.numel() > 0) {
+    fail(ErrorKind::kValue, name, "memory", text("a null pointer for ", describe(view)));
+  }
 }
 
 void output(const TensorView& view, const char* name) {
@@ -175,9 +171,9 @@ void workspace(const Context& context, size_t needed) {
   }
 }
 
-void indptr(const TensorView& view, const std::string& name, int64_t batch, Device device, int64_t limit,
+void indptr(const TensorView& view, const char* name, int64_t batch, Device device, int64_t limit,
             const char* limited) {
-  tensor_named(view, name, DType::kInt32, device, {batch == kAny ? kAny : batch + 1});
+  tensor(view, name, DType::kInt32, device, {batch == kAny ? kAny : batch + 1});
   if (view.size(0) < 1) fail(ErrorKind::kValue, name, "int32[batch + 1]", describe(view));
   if (device.type != DeviceType::kCPU) return;
   const int32_t* ends = view.as<const int32_t>();
@@ -193,18 +189,15 @@ void indptr(const TensorView& view, const std::string& name, int64_t batch, Devi
 
 void bits_shape(const TensorView& view, const TensorView& offsets, int64_t batch, Device device,
                 const char* name) {
-  const std::string offsets_name = text(name, "_indptr");
-  if (!view.present()) {
-    if (offsets.present())
-      fail(ErrorKind::kValue, offsets_name, text("nothing without ", name), describe(offsets));
+  if (!offsets.present()) {
+    if (view.present()) tensor(view, name, DType::kUInt8, device, {batch, kAny});
     return;
   }
-  if (offsets.present()) {
-    tensor(view, name, DType::kUInt8, device, {kAny});
-    indptr(offsets, offsets_name, batch, device, view.size(0), name);
-  } else {
-    tensor(view, name, DType::kUInt8, device, {batch, kAny});
-  }
+  const std::string offsets_name = text(name, "_indptr");
+  if (!view.present())
+    fail(ErrorKind::kValue, offsets_name, text("nothing without ", name), describe(offsets));
+  tensor(view, name, DType::kUInt8, device, {kAny});
+  indptr(offsets, offsets_name.c_str(), batch, device, view.size(0), name);
 }
 
 void bits_length(const char* name, int64_t element, int64_t needed, int64_t got) {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <initializer_list>
-#include <string>
 
 #include "flashomni/backend.h"
 #include "flashomni/error.h"
@@ -47,7 +46,7 @@ void workspace(const Context& context, size_t needed);
 
 /// int32 [batch + 1] (batch may be kAny); on the CPU also ascending and within 0 .. limit, the extent of
 /// `limited`.
-void indptr(const TensorView& view, const std::string& name, int64_t batch, Device device, int64_t limit,
+void indptr(const TensorView& view, const char* name, int64_t batch, Device device, int64_t limit,
             const char* limited);
 
 /// `bits` (may be absent) as uint8 [batch, bytes] or, with indptr, [total]; every element exactly as long as

@@ -8,6 +8,7 @@ from torch import nn
 
 from flashomni import Config, ops
 from flashomni.engine import Attention, Engine, Output, Stream
+from flashomni.engine.buffers import Buffers
 from flashomni.policies import DensePolicy, Policy, RandomPolicy, Segment
 
 HEADS, HEAD_DIM, TEXT, TOKENS = 2, 64, 30, 300
@@ -299,3 +300,38 @@ def test_inference_mode_and_no_grad_may_alternate():
         inside = toy.run(steps)
     assert all(torch.equal(a, b) for a, b in zip(inside, want, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(toy.run(steps), want, strict=True))
+
+
+def test_rows_of_scratch_are_views_of_what_is_taken():
+    buffers, like, shape = Buffers(), torch.zeros(1), (2, 10, 3, 4)
+    with torch.inference_mode():
+        rows = buffers.rows("qk", shape, like, 2, 5)
+    for name, (part, flat) in zip("qk", rows, strict=True):
+        whole = buffers.take(name, shape, like)
+        whole.copy_(torch.arange(whole.numel()).view(shape))
+        assert torch.equal(part, whole[:, 2:7]) and torch.equal(flat, whole[:, 2:7].flatten(2))
+        flat.zero_()  # outside of inference mode too
+        assert not whole[:, 2:7].any()
+    assert buffers.rows("qk", shape, like, 2, 5) is rows
+    buffers.drop_unused()
+    buffers.drop_unused()  # nothing was taken since
+    (part, _), _ = buffers.rows("qk", shape, like, 2, 5)
+    part.fill_(1.0)
+    assert buffers.take("q", shape, like)[:, 2:7].eq(1.0).all()
+
+
+def test_the_step_s_coefficients_are_the_first_of_its_row():
+    toy = Toy(config(max_order=2), DensePolicy())
+    engine, cpu = toy.engine, torch.device("cpu")
+    for steps in (6, 9):  # a run of another length has other rows
+        engine.begin(steps)
+        for _ in range(steps):
+            for count in (1, 3):
+                row = engine.scalars.row(engine, cpu)
+                first = engine.scalars.first(engine, cpu, count)
+                assert torch.equal(first, row[:count]) and engine.scalars.first(engine, cpu, count) is first
+            engine.scalars.follow(engine, cpu)
+            engine.scalars.fixed(True)
+            assert torch.equal(engine.scalars.first(engine, cpu, 3), row[:3])
+            engine.scalars.fixed(False)
+            engine.step()

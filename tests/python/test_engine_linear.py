@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from flashomni.engine.linear import add_product, dense_linear, linear_tiles
+from flashomni.engine.linear import (
+    LinearRows,
+    add_product,
+    dense_linear,
+    linear_tiles,
+    norm_weight,
+    weight_and_bias,
+    why_no_norm,
+    why_not_plain,
+)
 
 GELU = {"gelu_tanh": "tanh", "gelu": "none"}
 
@@ -76,3 +86,37 @@ def test_on_a_cpu_the_operator_does_dense_layers(monkeypatch) -> None:
     x, weight, out = torch.randn(1, 8, 16), torch.randn(4, 16), torch.zeros(1, 8, 4)
     assert linear_tiles(x, weight, None, out=out) is out
     torch.testing.assert_close(out, x @ weight.t())
+
+
+def test_a_plain_layer_gives_what_its_attributes_are() -> None:
+    for module in (nn.Linear(8, 4), nn.Linear(8, 4, bias=False), LinearRows(nn.Linear(8, 6), 1, 5)):
+        assert why_not_plain(module, torch.float32) is None
+        weight, bias = weight_and_bias(module)
+        assert torch.equal(weight, module.weight)
+        assert bias is module.bias if module.bias is None else torch.equal(bias, module.bias)
+    norm = nn.RMSNorm(8, eps=1e-3)
+    assert why_no_norm(norm, torch.float32) is None
+    weight, eps = norm_weight(norm, torch.randn(1, 3, 2, 8))
+    assert weight is norm.weight and eps == 1e-3
+
+
+def test_layers_whose_weight_is_made_anew_are_not_plain() -> None:
+    linear = parametrizations.weight_norm(nn.Linear(8, 4))
+    assert "not torch.nn.Linear" in why_not_plain(linear, torch.float32)
+    linear = nn.Linear(8, 4)
+    prune.random_unstructured(linear, "weight", 0.5)  # an attribute that a hook writes at each call
+    assert "no plain tensor" in why_not_plain(linear, torch.float32)
+    assert "no plain tensor" in why_not_plain(nn.Linear(8, 4, device="meta"), torch.float32)
+    norm = nn.RMSNorm(8)
+    parametrize.register_parametrization(norm, "weight", nn.Identity())
+    assert "not an RMSNorm" in why_no_norm(norm, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "tensor", "buffer"])
+def test_a_norm_with_a_bias_is_not_done(kind: str) -> None:
+    norm, bias = nn.RMSNorm(8), torch.ones(8)
+    if kind == "buffer":
+        norm.register_buffer("bias", bias)
+    else:
+        norm.bias = nn.Parameter(bias) if kind == "parameter" else bias
+    assert "bias" in why_no_norm(norm, torch.float32)

@@ -344,6 +344,37 @@ def test_lazily_negated_views_are_refused(name: str, key: str) -> None:
         getattr(flashomni, name)(**arguments)
 
 
+WITHOUT_PLAIN_MEMORY = {
+    "meta": lambda tensor: tensor.to("meta"),
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "mkldnn": lambda tensor: tensor.to_mkldnn(),
+    "conjugated": lambda tensor: tensor.to(torch.complex64).conj(),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_PLAIN_MEMORY)
+@pytest.mark.parametrize(("name", "key"), EVERY_TENSOR)
+def test_tensors_without_plain_memory_are_refused(name: str, key: str, kind: str) -> None:
+    arguments = OPERATORS[name]()
+    tensor = arguments[key]
+    if tensor.dtype != torch.float32:
+        pytest.skip("quantised values are known by their type")
+    arguments[key] = WITHOUT_PLAIN_MEMORY[kind](tensor)
+    before = written(arguments | {key: None})
+    with pytest.raises(ValueError, match=f"^{key}: expected a tensor with plain memory, .*{kind}"):
+        getattr(flashomni, name)(**arguments)
+    for then, now in zip(before, written(arguments | {key: None}), strict=True):
+        assert torch.equal(then.view(torch.uint8), now.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("name", "key"), EVERY_TENSOR)
+def test_arrays_are_no_tensors(name: str, key: str) -> None:
+    arguments = OPERATORS[name]()
+    arguments[key] = torch.zeros(arguments[key].shape).numpy()
+    with pytest.raises(TypeError, match=f"^{key}: expected a torch.Tensor, got ndarray"):
+        getattr(flashomni, name)(**arguments)
+
+
 def test_inference_mode_is_fine() -> None:
     with torch.inference_mode():
         for name, make in OPERATORS.items():

@@ -18,6 +18,7 @@ class Buffers:
     def __init__(self) -> None:
         self._tensors: dict[tuple, Tensor] = {}
         self._used: set[tuple] = set()
+        self._rows: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
 
     def take(
         self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
@@ -31,8 +32,26 @@ class Buffers:
             tensor = self._tensors[key] = new_zeros(shape, dtype, like.device)
         return tensor
 
+    def rows(
+        self, names: str, shape: tuple[int, ...], like: Tensor, first: int, count: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Rows first .. first + count of the tensors that take() gives for a shape [B, S, H, D], one a letter
+        of `names`: as [B, count, H, D] and as [B, count, H * D].
+
+        Made once, as views are a good part of a layer's host time. The tensors are to be taken besides.
+        """
+        key = (names, shape, like.dtype, like.device, first, count)
+        rows = self._rows.get(key)
+        if rows is None:
+            tensors = [self.take(name, shape, like) for name in names]
+            with torch.inference_mode(False):
+                cut = [tensor[:, first : first + count] for tensor in tensors]
+                rows = self._rows[key] = [(part, part.flatten(2)) for part in cut]
+        return rows
+
     def drop_unused(self) -> None:
         """Frees what has not been taken since the last call: shapes of a run that is over."""
+        self._rows = {}
         self._tensors = {key: tensor for key, tensor in self._tensors.items() if key in self._used}
         self._used = set()
 

@@ -18,6 +18,7 @@ from flashomni.engine.linear import (
     linear_tiles,
     norm_across_heads,
     norm_and_rope,
+    weight_and_bias,
     why_not_plain,
 )
 from flashomni.engine.measure import Measures, tile_norms
@@ -92,19 +93,18 @@ class LayerRun:
 
     def __init__(self, engine, attention: Attention):
         self.engine, self.a = engine, attention
-        batch, tokens, _ = attention.o.shape
-        o = attention.o
-        config = engine.config
+        o, config = attention.o, engine.config
+        self.shape = (*o.shape[:2], attention.heads, attention.head_dim)  # of q, k and v
+        self.o4 = o.view(self.shape)
         self.state: LayerState = engine.contexts.layer(
             engine.context,
             attention.layer,
-            (batch, tokens, attention.heads, attention.head_dim, o.dtype, o.device),
+            (*self.shape, o.dtype, o.device),
             config.block_q,
             config.block_kv,
         )
         # Where nothing can be cached, nothing is kept either.
         self.caches = attention.text.length > 0 or not getattr(engine.policy, "caches_by_text", False)
-        self.o4 = o.unflatten(-1, (attention.heads, attention.head_dim))
         self.past: Tensor | None = None
         self.keeps_o = self.caches and any(
             why_not_plain(output.linear, o.dtype) is not None for output in attention.outputs
@@ -191,37 +191,38 @@ class LayerRun:
 
     def _qkv(self) -> list[Tensor]:
         """Scratch for q, k and v, each [B, S, H, D]."""
-        return [self.engine.buffers.take(name, tuple(self.o4.shape), self.a.o) for name in "qkv"]
+        return [self.engine.buffers.take(name, self.shape, self.a.o) for name in "qkv"]
 
     def _attend(self, symbols, measures: Measures | None = None) -> None:
         """Projections, norm, RoPE and attention into o; `measures` looks at q and k on the way."""
         engine, a = self.engine, self.a
         keys = self.state.asleep.keys if symbols is not None and self.state.asleep is not None else None
-        q, k, v = self._qkv()
+        whole = self._qkv()
         for stream in a.streams:
-            rows = slice(stream.start, stream.start + stream.x.shape[1])
+            start, count = stream.start, stream.x.shape[1]
+            (q, flat_q), (k, flat_k), (_, flat_v) = engine.buffers.rows("qkv", self.shape, a.o, start, count)
             tiles = self.state.rows if stream.across_heads and symbols is not None else symbols
             with engine.ledger("gemm_q"):
-                apply_linear(stream.q, stream.x, q[:, rows].flatten(2), tiles, row_offset=stream.start)
+                apply_linear(stream.q, stream.x, flat_q, tiles, row_offset=start)
             with engine.ledger("gemm_kv"):
-                apply_linear(stream.k, stream.x, k[:, rows].flatten(2), keys, row_offset=stream.start)
-                apply_linear(stream.v, stream.x, v[:, rows].flatten(2), keys, row_offset=stream.start)
+                apply_linear(stream.k, stream.x, flat_k, keys, row_offset=start)
+                apply_linear(stream.v, stream.x, flat_v, keys, row_offset=start)
             with engine.ledger("norm_rope"):
                 norm_q, norm_k = stream.norm_q, stream.norm_k
                 if stream.across_heads:
-                    norm_across_heads(norm_q, q[:, rows])
-                    norm_across_heads(norm_k, k[:, rows])
+                    norm_across_heads(norm_q, q)
+                    norm_across_heads(norm_k, k)
                     norm_q = norm_k = None
                 if measures is not None:
-                    measures.norm_and_rope((norm_q, norm_k), stream.start, stream.x.shape[1], a.rope)
+                    measures.norm_and_rope((norm_q, norm_k), start, count, a.rope)
                     continue
-                norm_and_rope(norm_q, q[:, rows], a.rope, symbols, row_offset=stream.start)
-                norm_and_rope(norm_k, k[:, rows], a.rope, row_offset=stream.start)
+                norm_and_rope(norm_q, q, a.rope, symbols, row_offset=start)
+                norm_and_rope(norm_k, k, a.rope, row_offset=start)
         with engine.ledger("attention"):
             if a.valid is None:
-                ops.sparse_attention(q, k, v, symbols, out=self.o4)
+                ops.sparse_attention(*whole, symbols, out=self.o4)
             else:
-                self._attend_to_valid(q, k, v, symbols)
+                self._attend_to_valid(*whole, symbols)
 
     def _attend_to_valid(self, q: Tensor, k: Tensor, v: Tensor, symbols) -> None:
         """Attention where elements end before the sequence does; one by one, if not all at the same key."""
@@ -356,10 +357,11 @@ class LayerRun:
             coefficients = unit(self.a.o.device)
         else:
             products = [one.read() for one in kept]
+        weight, _ = weight_and_bias(output.linear)
         with engine.ledger("gemm_o"):
             return ops.gemm_o_dispatch(
                 self._rows(self.a.o, output),
-                output.linear.weight,
+                weight,
                 products,
                 coefficients,
                 state.symbols,
@@ -387,6 +389,8 @@ class LayerRun:
 
     @staticmethod
     def _rows(tensor: Tensor, output: Output) -> Tensor:
+        if output.rows == tensor.shape[1]:
+            return tensor
         return tensor[:, output.start : output.start + output.rows]
 
 

@@ -14,6 +14,14 @@ from flashomni.symbols import SparseSymbols
 _APPROXIMATE = {"gelu_tanh": "tanh", "gelu": "none"}  # gemm_q's names of activations, by torch's
 
 
+def _attribute(module: nn.Module, name: str) -> object:
+    """getattr(module, name, None) past nn.Module's own search, which is slow, and slower where it fails."""
+    for place in (module._parameters, module.__dict__, module._buffers):
+        if name in place:
+            return place[name]
+    return None
+
+
 def _untouched(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not (module._forward_hooks or module._forward_pre_hooks)
 
@@ -45,14 +53,21 @@ def why_not_plain(module: nn.Module | LinearRows, dtype: torch.dtype) -> str | N
         module = module.module
     if type(module) is not nn.Linear:
         return f"is {type(module).__name__}, not torch.nn.Linear"
-    weight = module.weight
-    if type(weight) is not nn.Parameter or weight.device.type == "meta":
+    weight = _attribute(module, "weight")
+    if type(weight) is not nn.Parameter or weight.is_meta:
         return "has a weight that is no plain tensor in memory"
     if not _untouched(module):
         return "has hooks on its forward"
     if weight.dtype != dtype:
         return f"has a weight of {weight.dtype}, not {dtype}"
     return None
+
+
+def weight_and_bias(module: nn.Linear | LinearRows) -> tuple[Tensor, Tensor | None]:
+    """Those of a plain linear layer."""
+    if isinstance(module, LinearRows):
+        return module.weight, module.bias
+    return _attribute(module, "weight"), _attribute(module, "bias")
 
 
 def linear_tiles(
@@ -118,9 +133,8 @@ def apply_linear(
     x [B, M, K], out [B, M, N].
     """
     if why_not_plain(module, x.dtype) is None:
-        linear_tiles(
-            x, module.weight, module.bias, symbols, row_offset=row_offset, activation=activation, out=out
-        )
+        weight, bias = weight_and_bias(module)
+        linear_tiles(x, weight, bias, symbols, row_offset=row_offset, activation=activation, out=out)
         return
     y = module(x)
     if activation is not None:
@@ -136,10 +150,10 @@ def why_no_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
         ("torch.nn.", "diffusers.")
     ):
         return f"is {type(module).__name__}, not an RMSNorm"
-    weight = module.weight
-    if weight is None or getattr(module, "bias", None) is not None:
+    weight = _attribute(module, "weight")
+    if weight is None or _attribute(module, "bias") is not None:
         return "has no weight, or a bias"
-    if weight.dtype != dtype or type(weight) is not nn.Parameter or weight.device.type == "meta":
+    if weight.dtype != dtype or type(weight) is not nn.Parameter or weight.is_meta:
         return f"has a weight that is no plain {dtype} tensor in memory"
     return None if _untouched(module) else "has hooks on its forward"
 
@@ -164,7 +178,8 @@ def norm_weight(module: nn.Module | None, x: Tensor) -> tuple[Tensor | None, flo
     if why_no_norm(module, x.dtype) is not None:
         x.copy_(module(x))
         return None, 1e-6
-    return module.weight, module.eps if module.eps is not None else torch.finfo(x.dtype).eps
+    eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
+    return _attribute(module, "weight"), eps
 
 
 def norm_and_rope(

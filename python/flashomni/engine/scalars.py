@@ -18,13 +18,16 @@ class StepScalars:
         self._table: Tensor | None = None
         self._fixed: Tensor | None = None
         self._following = False
+        self._first: dict[tuple[int | None, int], Tensor] = {}  # what first() gave, by step
 
     def begin(self) -> None:
         """A new run: other steps. The row that graphs read stays where it is."""
         self._table = None
+        self._first = {}
 
     def release(self) -> None:
         self._table = self._fixed = None
+        self._first = {}
 
     def row(self, engine, device: torch.device) -> Tensor:
         """float32 [D + 2]: k^i / i! for i = 0..D, then f(t), of the engine's step."""
@@ -32,12 +35,23 @@ class StepScalars:
             return self._fixed
         return self._rows(engine, device)[engine.index]
 
+    def first(self, engine, device: torch.device, count: int) -> Tensor:
+        """The first `count` of row(): one view for all layers."""
+        if not self._following:
+            self._rows(engine, device)
+        key = (None if self._following else engine.index, count)
+        view = self._first.get(key)
+        if view is None:
+            view = self._first[key] = self.row(engine, device)[:count]
+        return view
+
     def follow(self, engine, device: torch.device) -> None:
         """Brings the row that graphs read to the engine's step."""
         row = self._rows(engine, device)[engine.index]
         if self._fixed is None or self._fixed.device != row.device or self._fixed.shape != row.shape:
             with torch.inference_mode(False):
                 self._fixed = torch.empty_like(row)
+            self._first = {}
         self._fixed.copy_(row)
 
     def fixed(self, on: bool) -> None:
@@ -53,4 +67,5 @@ class StepScalars:
                 rows.append(torch.cat([coefficients, torch.tensor([plan.ramp])]))
             with torch.inference_mode(False):
                 self._table = torch.stack(rows).to(device)
+            self._first = {}
         return self._table

@@ -21,7 +21,7 @@ class Asleep:
 
     keys: one bit a row block, for the projections of keys and values: 0 in batch elements without any active
     tile, which look at none. weights: float32 [D + 1], times which the coefficients are taken: a layer
-    without any active tile is reused at order 0.
+    without any active tile is reused at order 0. first_weights[n]: the first n of them.
     """
 
     def __init__(self, symbols: SparseSymbols, order: int):
@@ -30,6 +30,7 @@ class Asleep:
             keys = SparseSymbols.ones(s.batch, 1, s.q_tokens, s.kv_tokens, s.block_q, s.block_kv, s.device)
             self.ones = keys.cache.clone()
             self.weights = torch.ones(order + 1, device=s.device)
+            self.first_weights = [self.weights[:n] for n in range(order + 2)]
         self.symbols, self.keys = symbols, replace(keys, skip=None)
 
     def decide(self) -> None:
@@ -157,8 +158,8 @@ class LayerState:
 
     def coefficients(self, engine, orders: int) -> Tensor:
         """Of the Dispatch step at hand, float32 [orders]; order 0's alone in a layer that is reused whole."""
-        row = engine.scalars.row(engine, self.shape[-1])[:orders]
-        return row if self.asleep is None or orders == 1 else row * self.asleep.weights[:orders]
+        row = engine.scalars.first(engine, self.shape[-1], orders)
+        return row if self.asleep is None or orders == 1 else row * self.asleep.first_weights[orders]
 
     def is_ready(self, engine) -> bool:
         """Whether the Update before the Dispatch step at hand was done here."""

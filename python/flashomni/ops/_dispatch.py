@@ -34,10 +34,61 @@ def no_result(*_: Any) -> None:
     """The fake of an operator that only writes into its arguments."""
 
 
-def is_direct(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], required: int) -> bool:
+class Native:
+    """A native operator, called on torch's tensors.
+
+    arguments: the names of its tensor arguments, in order; a "?" ends those that may be None.
+    """
+
+    __slots__ = ("function", "names", "required")
+
+    def __init__(self, function: str, arguments: str):
+        names = arguments.split(", ")
+        self.function = function
+        self.names = tuple(name.rstrip("?") for name in names)
+        self.required = tuple(i for i, name in enumerate(names) if not name.endswith("?"))
+
+    def is_direct(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """check_tensors(), quick where nothing is wrong: this comes before every call.
+
+        Tensors without plain memory pass; invoke() refuses them.
+        """
+        if torch.compiler.is_compiling():
+            return check_tensors(self.names, tensors, self.required)
+        grad = torch.is_grad_enabled()
+        for i in self.required:
+            if tensors[i] is None:
+                return check_tensors(self.names, tensors, self.required)
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            kind = type(tensor)
+            plain = kind is Tensor or kind is Parameter
+            if not plain or tensor.is_neg() or (grad and tensor.requires_grad):
+                return check_tensors(self.names, tensors, self.required)
+        return True
+
+    def invoke(self, like: Tensor, *arguments: Any) -> None:
+        """Calls it on the device of `like`; ValueError for tensors without plain memory.
+
+        On the CPU with this thread's workspace, grown as needed.
+        """
+        try:
+            (_invoke_on_cpu if like.is_cpu else _invoke_on_gpu)(self.function, like, arguments)
+        except Exception:
+            # What has no plain memory cannot be handed over, and whoever finds that out knows no name.
+            for name, tensor in zip(self.names, arguments, strict=False):
+                if tensor is not None:
+                    _expect_plain_memory(name, tensor)
+            raise
+
+
+def check_tensors(
+    names: tuple[str, ...], tensors: tuple[Tensor | None, ...], required: tuple[int, ...]
+) -> bool:
     """Checks the tensor arguments; True if they can go straight to the native library.
 
-    TypeError for what is no tensor (the first `required` may not be None), RuntimeError for tensors that
+    TypeError for what is no tensor (the `required` ones may not be None), RuntimeError for tensors that
     require grad, ValueError for lazily negated or conjugated views and tensors without plain memory. False
     under torch.compile and for tensor subclasses, which torch must see.
     """
@@ -45,7 +96,7 @@ def is_direct(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], requir
     direct = not compiling
     grad = torch.is_grad_enabled()
     for i, tensor in enumerate(tensors):
-        if tensor is None and i >= required:
+        if tensor is None and i not in required:
             continue
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter:
@@ -57,29 +108,24 @@ def is_direct(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], requir
                 f"{names[i]}: expected a tensor that does not require grad, as FlashOmni is for inference; "
                 "call it under torch.no_grad() or torch.inference_mode()"
             )
-        if not compiling and (
-            tensor.is_neg() or tensor.is_conj() or tensor.is_meta or tensor.layout is not torch.strided
-        ):
-            raise ValueError(f"{names[i]}: expected a tensor with plain memory, got {_unusual(tensor)}")
+        if not compiling:
+            _expect_plain_memory(names[i], tensor)
     return direct
 
 
-def _unusual(tensor: Tensor) -> str:
+def _expect_plain_memory(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
-        return "one on the meta device"
-    if tensor.layout is not torch.strided:
-        return f"layout {tensor.layout}"
-    return "a lazily negated or conjugated view: resolve it with .resolve_neg() or .resolve_conj()"
-
-
-def invoke(function: str, like: Tensor, *arguments: Any) -> None:
-    """Calls a native operator on the device of `like`.
-
-    On the CPU with this thread's workspace, grown as needed.
-    """
-    if not like.is_cpu:
-        _invoke_on_gpu(function, like, arguments)
+        unusual = "one on the meta device"
+    elif tensor.layout is not torch.strided:
+        unusual = f"layout {tensor.layout}"
+    elif tensor.is_neg() or tensor.is_conj():
+        unusual = "a lazily negated or conjugated view: resolve it with .resolve_neg() or .resolve_conj()"
+    else:
         return
+    raise ValueError(f"{name}: expected a tensor with plain memory, got {unusual}")
+
+
+def _invoke_on_cpu(function: str, like: Tensor, arguments: tuple) -> None:
     native = getattr(library, function)
     workspaces = _local.__dict__
     workspace = workspaces.get("cpu")

@@ -8,37 +8,25 @@ import torch
 from torch import Tensor
 
 from flashomni.ops._dispatch import (
+    Native,
     define,
     describe,
     expect,
     expect_symbols,
-    invoke,
-    is_direct,
     new_output,
     no_result,
 )
 from flashomni.symbols import SparseSymbols
 
-_NAMES = (
-    "q",
-    "k",
-    "v",
-    "symbols.cache",
-    "symbols.skip",
-    "symbols.cache_indptr",
-    "symbols.skip_indptr",
-    "out",
-    "lse",
-    "q_indptr",
-    "kv_indptr",
-    "k_mean",
-    "v_mean",
-    "kv_block_len",
+_ATTENTION = Native(
+    "attention",
+    "q, k, v, symbols.cache?, symbols.skip?, symbols.cache_indptr?, symbols.skip_indptr?, out?, lse?, "
+    "q_indptr?, kv_indptr?, k_mean?, v_mean?, kv_block_len?",
 )
 
 
 def _call(q: Tensor, *arguments: object) -> None:
-    invoke("attention", q, q, *arguments)
+    _ATTENTION.invoke(q, q, *arguments)
 
 
 _operator = define(
@@ -97,7 +85,7 @@ def sparse_attention(
         *(q, k, v, cache, skip, cache_indptr, skip_indptr, out, lse),
         *(q_indptr, kv_indptr, k_mean, v_mean, kv_block_len),
     )
-    direct = is_direct(_NAMES, tensors, 3)
+    direct = _ATTENTION.is_direct(tensors)
     if symbols is not None:
         _check_symbols(symbols, q, k, q_indptr)
     if scale is None:
@@ -117,15 +105,16 @@ def sparse_attention(
 
 
 def _check_symbols(symbols: SparseSymbols, q: Tensor, k: Tensor, q_indptr: Tensor | None) -> None:
-    dims = 4 if q_indptr is None else 3
-    if q.ndim != dims:
+    shape = q.shape
+    if len(shape) != (4 if q_indptr is None else 3):
         layout = "B, N, H, D" if q_indptr is None else "T, H, D"
         raise ValueError(f"q: expected [{layout}], got {describe(q)}")
-    expect("symbols.heads", "as in q", symbols.heads, q.shape[-2])
+    expect("symbols.heads", "as in q", symbols.heads, shape[-2])
     if q_indptr is not None:
         expect("symbols.batch", "as in q_indptr", symbols.batch, q_indptr.shape[0] - 1)
         return
-    expect("symbols.batch", "as in q", symbols.batch, q.shape[0])
-    expect("symbols.q_tokens", "as in q", symbols.q_tokens, q.shape[1])
-    if k.ndim == 4:
-        expect("symbols.kv_tokens", "as in k", symbols.kv_tokens, k.shape[1])
+    expect("symbols.batch", "as in q", symbols.batch, shape[0])
+    expect("symbols.q_tokens", "as in q", symbols.q_tokens, shape[1])
+    keys = k.shape
+    if len(keys) == 4:
+        expect("symbols.kv_tokens", "as in k", symbols.kv_tokens, keys[1])

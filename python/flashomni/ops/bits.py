@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashomni._native import library
-from flashomni.ops._dispatch import define, describe, is_direct
+from flashomni.ops._dispatch import check_tensors, define, describe
 
 
 def _call_pack(values: Tensor, little: bool) -> Tensor:
@@ -70,7 +70,7 @@ def packbits(x: Tensor, bitorder: str = "big") -> Tensor:
     x: bool or integers of any shape. bitorder: "big" or "little" (the operators' own). TypeError for floats,
     ValueError for another bitorder.
     """
-    direct = is_direct(("x",), (x,), 1)
+    direct = check_tensors(("x",), (x,), (0,))
     little = _is_little(bitorder)
     return (_call_pack if direct else _pack_operator)(_as_bytes(x), little)
 
@@ -82,7 +82,7 @@ def segment_packbits(x: Tensor, indptr: Tensor, bitorder: str = "big") -> tuple[
     Returns (uint8 bytes, int32 [segments + 1] where each segment's bytes start). On a GPU it waits for
     indptr. Errors as packbits', and ValueError where indptr does not fit.
     """
-    direct = is_direct(("x", "indptr"), (x, indptr), 2)
+    direct = check_tensors(("x", "indptr"), (x, indptr), (0, 1))
     little = _is_little(bitorder)
     if indptr.device != x.device:
         raise ValueError(f"indptr: expected a tensor on {x.device}, as x is, got one on {indptr.device}")

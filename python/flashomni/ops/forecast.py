@@ -7,15 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashomni.ops._dispatch import define, expect_integer, invoke, is_direct, no_result, orders
+from flashomni.ops._dispatch import Native, define, expect_integer, no_result, orders
 
 _ORDERS = 4
 SCALE_COLUMNS = 128  # of a row of a quantised tensor, that share a scale
 
+_UPDATE = Native("taylor_update", "feature, derivatives, derivatives?, derivatives?, derivatives?")
+_FORECAST = Native(
+    "taylor_forecast",
+    "derivatives, derivatives?, derivatives?, derivatives?, scales?, scales?, scales?, scales?, "
+    "coefficients, out?",
+)
+_QUANTIZE = Native("quantize_fp8", "x, values?, scales?")
+
 
 def _call_update(feature: Tensor, derivatives: Sequence[Tensor], gap: float, valid: int) -> None:
     padded = (*derivatives, *(None,) * (_ORDERS - len(derivatives)))
-    invoke("taylor_update", feature, feature, *padded, gap, valid)
+    _UPDATE.invoke(feature, feature, *padded, gap, valid)
 
 
 def _call_forecast(
@@ -23,11 +31,11 @@ def _call_forecast(
 ) -> None:
     padded = (*derivatives, *(None,) * (_ORDERS - len(derivatives)))
     padded_scales = (*scales, *(None,) * (_ORDERS - len(scales)))
-    invoke("taylor_forecast", out, *padded, *padded_scales, coefficients, out)
+    _FORECAST.invoke(out, *padded, *padded_scales, coefficients, out)
 
 
 def _call_quantize(x: Tensor, values: Tensor, scales: Tensor) -> None:
-    invoke("quantize_fp8", x, x, values, scales)
+    _QUANTIZE.invoke(x, x, values, scales)
 
 
 _update_operator = define(
@@ -55,9 +63,7 @@ def taylor_update(feature: Tensor, derivatives: Sequence[Tensor], *, gap: float,
 
     Raises ValueError or TypeError that names the argument, RuntimeError for tensors that require grad.
     """
-    orders("derivatives", derivatives, 1, _ORDERS)
-    names = ("feature", *("derivatives",) * len(derivatives))
-    direct = is_direct(names, (feature, *derivatives), 1)
+    direct = _UPDATE.is_direct((feature, *orders("derivatives", derivatives, 1, _ORDERS)))
     expect_integer("valid", valid)
     (_call_update if direct else _update_operator)(feature, list(derivatives), gap, valid)
 
@@ -77,12 +83,12 @@ def taylor_forecast(
     Returns out. Raises ValueError or TypeError that names the argument, RuntimeError for tensors that require
     grad.
     """
-    orders("derivatives", derivatives, 1, _ORDERS)
+    all_derivatives = orders("derivatives", derivatives, 1, _ORDERS)
     scaled = [] if scales is None else list(scales)
     if scaled:
         orders("scales", scaled, len(derivatives), len(derivatives))
-    names = ("coefficients", "out", *("derivatives",) * len(derivatives), *("scales",) * len(scaled))
-    direct = is_direct(names, (coefficients, out, *derivatives, *scaled), 1)
+    all_scales = orders("scales", scaled, 0, _ORDERS)
+    direct = _FORECAST.is_direct((*all_derivatives, *all_scales, coefficients, out))
     parts = [_bits(part) for part in derivatives] if scaled else list(derivatives)
     if out is None:
         if scaled:
@@ -105,7 +111,7 @@ def quantize_fp8(
     result. Returns (values, scales). Raises ValueError or TypeError that names the argument, RuntimeError for
     tensors that require grad.
     """
-    direct = is_direct(("x", "values", "scales"), (x, values, scales), 1)
+    direct = _QUANTIZE.is_direct((x, values, scales))
     if x.ndim == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     if values is None:

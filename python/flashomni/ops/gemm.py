@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flashomni.ops._dispatch import (
+    Native,
     define,
     expect,
     expect_bool,
     expect_dims,
     expect_integer,
-    invoke,
-    is_direct,
     new_output,
     no_result,
     orders,
@@ -23,11 +22,21 @@ from flashomni.symbols import SparseSymbols
 
 _ORDERS = 4
 _ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2}
-_TILE_NAMES = ("symbols.cache", "symbols.cache_indptr", "out")
+_Q = Native("gemm_q", "x, weight, bias?, symbols.cache?, symbols.cache_indptr?, out?")
+_UPDATE = Native(
+    "gemm_o_update",
+    "o, derivatives?, derivatives?, derivatives?, past?, weight, bias?, symbols.cache?, "
+    "symbols.cache_indptr?, out?, cached?, cached?, cached?, cached?",
+)
+_DISPATCH = Native(
+    "gemm_o_dispatch",
+    "o, past?, weight, cached, cached?, cached?, cached?, coefficients, symbols.cache?, "
+    "symbols.cache_indptr?, out?",
+)
 
 
 def _call_q(x: Tensor, *arguments: object) -> None:
-    invoke("gemm_q", x, x, *arguments)
+    _Q.invoke(x, x, *arguments)
 
 
 def _call_update(
@@ -43,7 +52,7 @@ def _call_update(
 ) -> None:
     o = (*o, *(None,) * (_ORDERS - len(o)))
     cached = (*cached, *(None,) * (_ORDERS - len(cached)))
-    invoke("gemm_o_update", out, *o, past, weight, bias, cache, cache_indptr, out, *cached, *numbers)
+    _UPDATE.invoke(out, *o, past, weight, bias, cache, cache_indptr, out, *cached, *numbers)
 
 
 def _call_dispatch(
@@ -58,7 +67,7 @@ def _call_dispatch(
     *numbers: int | bool,
 ) -> None:
     cached = (*cached, *(None,) * (_ORDERS - len(cached)))
-    invoke("gemm_o_dispatch", o, o, past, weight, *cached, coefficients, cache, cache_indptr, out, *numbers)
+    _DISPATCH.invoke(o, o, past, weight, *cached, coefficients, cache, cache_indptr, out, *numbers)
 
 
 _q_operator = define(
@@ -109,8 +118,7 @@ def gemm_q(
     if activation not in _ACTIVATIONS:
         raise ValueError(f'activation: expected None, "gelu" or "gelu_tanh", got {activation!r}')
     cache, cache_indptr = tile_arguments(symbols)
-    names = ("x", "weight", "bias", *_TILE_NAMES)
-    direct = is_direct(names, (x, weight, bias, cache, cache_indptr, out), 2)
+    direct = _Q.is_direct((x, weight, bias, cache, cache_indptr, out))
     expect_dims("x", x, "B, M, K")
     expect_dims("weight", weight, "N, K")
     heads, *geometry = _geometry(symbols, x, 1 if heads is None and symbols is None else heads, row_offset)
@@ -149,21 +157,12 @@ def gemm_o_update(
     RuntimeError for tensors that require grad.
     """
     derivatives = tuple(derivatives)
-    orders("derivatives", derivatives, 0, _ORDERS - 1)
+    all_derivatives = orders("derivatives", derivatives, 0, _ORDERS - 1)
     given = () if cached is None else tuple(cached)
     if cached is not None:
         orders("cached", given, len(derivatives) + 1, len(derivatives) + 1)
     cache, cache_indptr = tile_arguments(symbols)
-    names = (
-        "o",
-        "weight",
-        "bias",
-        "past",
-        *_TILE_NAMES,
-        *("derivatives",) * len(derivatives),
-        *("cached",) * len(given),
-    )
-    direct = is_direct(names, (o, weight, bias, past, cache, cache_indptr, out, *derivatives, *given), 2)
+    direct = _UPDATE.is_direct((o, *all_derivatives, past, weight, bias, cache, cache_indptr, out, *given))
     expect_dims("o", o, "B, M, K")
     expect_dims("weight", weight, "N, K")
     if past is not None:
@@ -207,11 +206,10 @@ def gemm_o_dispatch(
     tensors that require grad.
     """
     cached = tuple(cached) if not isinstance(cached, Tensor) else cached
-    orders("cached", cached, 1, _ORDERS)
+    all_cached = orders("cached", cached, 1, _ORDERS)
     expect_bool("keep_rows", keep_rows)
     cache, cache_indptr = tile_arguments(symbols)
-    names = ("o", "weight", "coefficients", "past", *_TILE_NAMES, *("cached",) * len(cached))
-    direct = is_direct(names, (o, weight, coefficients, past, cache, cache_indptr, out, *cached), 3)
+    direct = _DISPATCH.is_direct((o, past, weight, *all_cached, coefficients, cache, cache_indptr, out))
     expect_dims("o", o, "B, M, K")
     expect_dims("weight", weight, "N, K")
     if past is not None:

@@ -6,33 +6,37 @@ import torch
 from torch import Tensor
 
 from flashomni.ops._dispatch import (
+    Native,
     define,
     expect,
     expect_dims,
     expect_integer,
     expect_symbols,
-    invoke,
-    is_direct,
     no_result,
     tile_arguments,
 )
 from flashomni.symbols import SparseSymbols
 
+_MEAN = Native("block_mean", "x, out?, similarity?")
+_SELECT = Native("select_flashomni", "q_mean, k_mean, symbols.cache, symbols.skip, ramp?, k_similarity?")
+_NORM = Native("norm_rope", "x, weight?, cos?, sin?, symbols.cache?")
+_NORM_MEAN = Native("norm_rope_mean", "x, weight?, cos?, sin?, mean, similarity?")
+
 
 def _call_mean(x: Tensor, *arguments: object) -> None:
-    invoke("block_mean", x, x, *arguments)
+    _MEAN.invoke(x, x, *arguments)
 
 
 def _call_select(q_mean: Tensor, *arguments: object) -> None:
-    invoke("select_flashomni", q_mean, q_mean, *arguments)
+    _SELECT.invoke(q_mean, q_mean, *arguments)
 
 
 def _call_norm(x: Tensor, *arguments: object) -> None:
-    invoke("norm_rope", x, x, *arguments)
+    _NORM.invoke(x, x, *arguments)
 
 
 def _call_norm_mean(x: Tensor, *arguments: object) -> None:
-    invoke("norm_rope_mean", x, x, *arguments)
+    _NORM_MEAN.invoke(x, x, *arguments)
 
 
 _mean_operator = define(
@@ -68,7 +72,7 @@ def block_mean(x: Tensor, block: int, similarity: Tensor | None = None) -> Tenso
 
     Raises ValueError or TypeError that names the argument, RuntimeError for tensors that require grad.
     """
-    direct = is_direct(("x", "similarity"), (x, similarity), 1)
+    direct = _MEAN.is_direct((x, None, similarity))
     expect_dims("x", x, "B, N, H, D")
     expect_integer("block", block)
     if block < 1:
@@ -119,8 +123,7 @@ def select_flashomni(
     if symbols.cache_indptr is not None or symbols.skip_indptr is not None:
         raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")
     expect("symbols.kv_tokens", "as q_tokens", symbols.kv_tokens, symbols.q_tokens)
-    names = ("q_mean", "k_mean", "symbols.cache", "symbols.skip", "ramp", "k_similarity")
-    direct = is_direct(names, (q_mean, k_mean, symbols.cache, symbols.skip, ramp, k_similarity), 4)
+    direct = _SELECT.is_direct((q_mean, k_mean, symbols.cache, symbols.skip, ramp, k_similarity))
     expect_dims("q_mean", q_mean, "B, q_blocks, H, D")
     expect("symbols.batch", "as in q_mean", symbols.batch, q_mean.shape[0])
     expect("symbols.heads", "as in q_mean", symbols.heads, q_mean.shape[2])
@@ -159,7 +162,7 @@ def norm_rope(
     cache, cache_indptr = tile_arguments(symbols)
     if cache_indptr is not None:
         raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")
-    direct = is_direct(("x", "weight", "cos", "sin", "symbols.cache"), (x, weight, cos, sin, cache), 1)
+    direct = _NORM.is_direct((x, weight, cos, sin, cache))
     expect_dims("x", x, "B, N, H, D")
     expect_integer("row_offset", row_offset)
     block_q = 128
@@ -195,8 +198,7 @@ def norm_rope_mean(
     Returns x. Raises ValueError, TypeError or NotImplementedError that names the argument, RuntimeError for
     tensors that require grad.
     """
-    names = ("x", "mean", "weight", "cos", "sin", "similarity")
-    direct = is_direct(names, (x, mean, weight, cos, sin, similarity), 2)
+    direct = _NORM_MEAN.is_direct((x, weight, cos, sin, mean, similarity))
     expect_dims("x", x, "B, N, H, D")
     expect_integer("row_offset", row_offset)
     expect_integer("block", block)
