@@ -325,9 +325,8 @@ def bench_e2e(
     ] = None,
     tiles: Annotated[float, typer.Option(help="Share of active tiles there; 0: as sparse both ways.")] = 0.0,
     follow: Annotated[
-        list[float] | None,
-        typer.Option(help="Sparsity by whole rows, without and with an MLP that follows; may be repeated."),
-    ] = None,
+        bool, typer.Option("--follow", help="Each level once more by whole rows, which the MLP follows.")
+    ] = False,
     chosen: Annotated[bool, typer.Option(help="Also what the configuration's policy chooses.")] = True,
     arm: Annotated[
         list[str] | None,
@@ -377,8 +376,8 @@ def bench_e2e(
     if device == "cpu" and not tiny:
         raise fail(f"--device: expected cuda for a model of the size of {model}, got cpu", 2)
     shape = {"model": model, "resolution": resolution, "steps": steps, "tiny": tiny}
-    usual = () if density or follow else e2e_model.SPARSITY
-    asked = {"sparsity": sparsity or usual, "density": density or (), "follow": follow or ()}
+    usual = () if density else e2e_model.SPARSITY
+    asked = {"sparsity": sparsity or usual, "density": density or (), "follow": follow}
     how = {"tiles": tiles or None, "chosen": chosen, "arms": arm or e2e_model.ARMS, "whole": whole}
     how["dense_compiled"] = dense_compiled
     _suite(

@@ -215,15 +215,15 @@ def test_compiled_arms(name):
         model=name,
         config=replace(CONFIG, policy="drift") if name == "wan-14b" else CONFIG,
         steps=14,
-        sparsity=(),
-        follow=(0.2,),
+        sparsity=(0.2,),
+        follow=True,
         chosen=name == "wan-14b",
         arms=("compiled", "compiled graphs"),
         backend="eager",
         rounds=1,
         say=said.append,
     )
-    wanted = {"20% sparse, rows", "20% sparse, rows, mlp follows"}
+    wanted = {"20% sparse", "20% sparse, rows follow"}
     check_rows(rows, wanted | ({"as chosen"} if name == "wan-14b" else set()), 14)
     assert rows[0]["not_measured"] == {"compiled graphs": "no GPU"}
     runs = {r["case"]["level"]: r for r in rows if r["case"]["what"] == "run"}
@@ -368,13 +368,12 @@ def test_every_arm_on_a_gpu(name):
         config=config,
         steps=14,
         sparsity=(0.2,),
-        follow=(0.2,),
+        follow=True,
         rounds=1,
         tiny=True,
         backend=backend,
     )
-    follow = {"20% sparse, rows", "20% sparse, rows, mlp follows"}
-    check_rows(rows, {"20% sparse", "as chosen"} | follow, 14)
+    check_rows(rows, {"20% sparse", "20% sparse, rows follow", "as chosen"}, 14)
     dense_run = next(r for r in rows if r["case"]["level"] == "dense")
     assert not dense_run["not_measured"]
     assert {r["case"]["arm"] for r in rows} >= {f"flashomni {arm}" for arm in e2e_model.ARMS}

@@ -129,7 +129,8 @@ def watch_engine(engine, device: torch.device) -> Iterator[EventLedger]:
 
 def sparse_work(classes: dict[str, float], transformer: nn.Module) -> dict[str, float]:
     """Of a dense step's milliseconds by class, what sparsity scales: attention, gemm_q, and of gemm_o what
-    reads attention's output; mlp, with the rest of that product, where it follows the attention's rows."""
+    reads attention's output; where they follow its rows, mlp, with the rest of that product, and
+    cross_attention."""
     joint = [m for path, m in transformer.named_modules() if MODULES["gemm_o+mlp"].search(path)]
     share = joint[0].out_features / joint[0].in_features if joint else 0.0  # as wide as the heads together
     both = classes.get("gemm_o+mlp", 0.0)
@@ -138,6 +139,7 @@ def sparse_work(classes: dict[str, float], transformer: nn.Module) -> dict[str, 
         "gemm_q": classes.get("gemm_q", 0.0),
         "gemm_o": classes.get("gemm_o", 0.0) + share * both,
         "mlp": classes.get("mlp", 0.0) + (1 - share) * both,
+        "cross_attention": classes.get("cross_attention", 0.0),
     }
 
 

@@ -26,7 +26,7 @@ import flashomni
 from flashomni import schedule
 from flashomni.bench import classes, harness, levels, models
 from flashomni.bench.dense import Bar, Dense, compiled, forget_peak, peak, timed
-from flashomni.config import Config
+from flashomni.config import FOLLOWERS, Config
 from flashomni.policies import Policy
 
 ARMS = ("eager", "graphs", "compiled", "compiled graphs")  # compiled: by repeated blocks
@@ -36,8 +36,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Level:
-    """How sparse an arm is. policy None: what the configuration's own policy chooses. follows: feed-forwards
-    and parallel blocks' MLPs follow the attention's rows."""
+    """How sparse an arm is. policy None: what the configuration's own policy chooses. follows: all that can
+    follow the attention's rows does, MLPs and Wan's cross-attention."""
 
     name: str
     policy: Policy | None = None
@@ -88,7 +88,7 @@ def run(
     sparsity: Sequence[float] = SPARSITY,
     density: Sequence[float] = (),
     tiles: float | None = None,
-    follow: Sequence[float] = (),
+    follow: bool = False,
     chosen: bool = True,
     arms: Sequence[str] = ARMS,
     dense_compiled: bool = True,
@@ -104,13 +104,12 @@ def run(
 
     sparsity: mean uncomputed share of block pairs over the run, one level each; density: computed share in
     Dispatch steps, one level each; tiles: share of active tiles there (None: as sparse along rows as along
-    columns). follow: sparsity too, of two levels each: tiles cached as whole rows, and the same with
-    feed-forwards that follow them. chosen: also what config.policy chooses. arms: ours (ARMS);
-    dense_compiled: whether diffusers' own code is measured compiled too; backend: of torch.compile. Zeros
-    mean the model's own.
+    columns). follow: each of these levels once more, tiles cached as whole rows and all following them that
+    can. chosen: also what config.policy chooses. arms: ours (ARMS); dense_compiled: whether diffusers' own
+    code is measured compiled too; backend: of torch.compile. Zeros mean the model's own.
 
     ratio, bound and share_of_bound are against the better dense arm. bound: dense time over what is left of
-    it if attention and gemm_q, gemm_o (and mlp, where it follows) shrank as the densities say and nothing
+    it if attention and gemm_q, gemm_o (and what follows) shrank as the densities say and nothing
     else changed or was added.
     Raises ValueError that names the argument, NotImplementedError for a model that is not served.
     """
@@ -174,16 +173,14 @@ def run(
     return rows
 
 
-def _levels(plans, sparsity, density, tiles: float | None, follow, chosen: bool) -> list[Level]:
-    found = []
-    for value in sparsity:
-        policy = levels.LevelPolicy(levels.dispatch_density(value, plans), tiles)
-        found.append(Level(f"{value:.0%} sparse", policy))
-    found += [Level(f"density {value:g}", levels.LevelPolicy(value, tiles)) for value in density]
-    for value in follow:
-        policy = levels.LevelPolicy(levels.dispatch_density(value, plans), tiles, rows=True)
-        found.append(Level(f"{value:.0%} sparse, rows", policy))
-        found.append(Level(f"{value:.0%} sparse, rows, mlp follows", policy, follows=True))
+def _levels(plans, sparsity, density, tiles: float | None, follow: bool, chosen: bool) -> list[Level]:
+    asked = {f"{value:.0%} sparse": levels.dispatch_density(value, plans) for value in sparsity}
+    asked |= {f"density {value:g}": value for value in density}
+    found = [Level(name, levels.LevelPolicy(value, tiles)) for name, value in asked.items()]
+    if follow:
+        for name, value in asked.items():
+            policy = levels.LevelPolicy(value, tiles, rows=True)
+            found.append(Level(f"{name}, rows follow", policy, follows=True))
     if chosen:
         found.append(Level("as chosen"))
     return found
@@ -201,7 +198,7 @@ def _measure(
     """One sparse arm: warmed up, then measured `rounds` times, then with `by_class` once more by class of
     operator."""
     graphs = "graphs" in arm
-    changes = {"cuda_graphs": graphs} | ({"mlp": "follow"} if level.follows else {})
+    changes = {"cuda_graphs": graphs} | (dict.fromkeys(FOLLOWERS, "follow") if level.follows else {})
     config = Config(**{**vars(config), **changes})
     sample = levels.Sample(plans, config.max_order, each_window=level.policy is None, whole=whole)
     forget_peak(here.device)
@@ -293,8 +290,9 @@ def _by_class(here: Run, engine, plans, wanted: Sequence[int]) -> dict[str, dict
 
 def _bound(dense_step: float, sparse: dict[str, float], ours: Ours) -> float:
     """Amdahl's: dense time over dense time less what the densities save of the dense arm's own classes. Where
-    feed-forwards follow, a tile is cached in all heads, so that rows are cached as tiles are."""
-    by_tiles = sum(sparse[name] for name in ("gemm_q", "gemm_o", *(["mlp"] if ours.level.follows else [])))
+    MLPs and cross-attention follow, a tile is cached in all heads, so that rows are cached as tiles are."""
+    names = ("gemm_q", "gemm_o", *(FOLLOWERS if ours.level.follows else ()))
+    by_tiles = sum(sparse[name] for name in names)
     saved = sum(
         sparse["attention"] * (1 - density) + by_tiles * (1 - tiles)
         for density, tiles in zip(ours.density, ours.tiles, strict=True)
@@ -447,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--density", type=float, action="append", default=[])
     parser.add_argument("--tiles", type=float)
     parser.add_argument(
-        "--follow", type=float, action="append", default=[], help="sparsity by whole rows, the MLP following"
+        "--follow", action="store_true", help="each level once more by whole rows, which the MLP follows"
     )
     parser.add_argument("--no-chosen", action="store_true", help="leave out the policy's own choice")
     parser.add_argument("--arm", action="append", choices=ARMS)
@@ -469,7 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resolution=given.resolution,
             steps=given.steps,
             text=given.text,
-            sparsity=given.sparsity or (() if given.density or given.follow else SPARSITY),
+            sparsity=given.sparsity or (() if given.density else SPARSITY),
             density=given.density,
             tiles=given.tiles,
             follow=given.follow,

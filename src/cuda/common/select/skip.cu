@@ -264,13 +264,9 @@ void launch_skip(const SelectProblem& p, int device, cudaStream_t stream) {
                "skip_kernel's shared memory");
   });
   int warps = kMostWarps;
-  const auto row_blocks = [&] { return (p.q_blocks + warps * kRowsAWarp - 1) / (warps * kRowsAWarp); };
   while (warps > 1 && skip_shared_bytes(p, warps) > most / 2) --warps;  // two blocks an SM where that can be
-#ifndef LEAST
-#define LEAST 2
-#endif
-  while (warps > LEAST && int64_t(row_blocks()) * p.heads * p.batch < multiprocessors(device)) --warps;
-  const dim3 grid(row_blocks(), p.heads, p.batch);
+  const int rows = warps * kRowsAWarp;
+  const dim3 grid((p.q_blocks + rows - 1) / rows, p.heads, p.batch);
   launch_next(skip_kernel, "skip_kernel", p, grid, warps * 32, skip_shared_bytes(p, warps), device, stream);
 }
 
