@@ -39,6 +39,7 @@ __device__ inline void tma_store(const void* map, uint32_t source, BoxStart star
       : "memory");
 }
 
+/// The first copy by a map waits for it otherwise.
 __device__ inline void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     ::cuda::ptx::mbarrier_init(&shared.landing, 1);
     shared.near_end = 0;
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
+    for (const CUtensorMap* map : {&p.q, &p.k, &p.v, &p.out}) ptx_ops::prefetch_tensor_map(map);
   }
   __syncthreads();
   cudaGridDependencySynchronize();  // the plan's list, and all that came before it

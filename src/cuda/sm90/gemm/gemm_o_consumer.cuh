@@ -109,6 +109,13 @@ struct GemmO {
   using Loader = OLoader<Config>;
   using Storer = OStorer<Config>;
   using Consumer = OConsumer<Config>;
+  __device__ static void prefetch_maps(const OParameters& p) {
+    for (const CUtensorMap* map : {&p.o[0], &p.weight, &p.cached[0].map, &p.out.map})
+      ptx_ops::prefetch_tensor_map(map);
+    if (p.past == 0) return;
+    ptx_ops::prefetch_tensor_map(&p.o_past);
+    ptx_ops::prefetch_tensor_map(&p.weight_past);
+  }
   __device__ static void prepare(typename Config::Shared& shared, const OParameters& p) {
     if (p.dispatches() && static_cast<int>(threadIdx.x) < p.orders)
       shared.coefficient[threadIdx.x] = p.coefficients[threadIdx.x * p.coefficient_stride];

@@ -107,6 +107,9 @@ struct GemmQ {
   using Loader = QLoader<Config>;
   using Storer = QStorer<Config>;
   using Consumer = QConsumer<Config>;
+  __device__ static void prefetch_maps(const QParameters& p) {
+    for (const CUtensorMap* map : {&p.x, &p.weight, &p.out.map}) ptx_ops::prefetch_tensor_map(map);
+  }
   __device__ static void prepare(typename Config::Shared&, const QParameters&) {}
 };
 

@@ -12,7 +12,8 @@
 
 namespace flashomni::cuda::sm90 {
 
-/// Roles: a Config, Parameters, and the Scheduler, Loader, Storer and Consumer that work on its Shared.
+/// Roles: a Config, Parameters, and the Scheduler, Loader, Storer and Consumer that work on its Shared;
+/// prefetch_maps(), before anything else, by one thread; prepare(), when the plan has ended, by all.
 template <class Roles>
 __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
     gemm_kernel(const __grid_constant__ typename Roles::Parameters p) {
@@ -27,6 +28,7 @@ __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
     for (uint64_t& turn : shared.turn) ::cuda::ptx::mbarrier_init(&turn, 1);
     ::cuda::ptx::mbarrier_init(&shared.asked, 1);
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
+    Roles::prefetch_maps(p);
   }
   cudaGridDependencySynchronize();  // the plan's list, and all that came before it
   Roles::prepare(shared, p);
