@@ -17,6 +17,7 @@ struct GemmOUpdateArguments;
 struct GemmODispatchArguments;
 struct BlockMeanArguments;
 struct SelectArguments;
+struct SummarizeArguments;
 struct NormRopeArguments;
 struct NormRopeMeanArguments;
 struct TaylorUpdateArguments;
@@ -49,6 +50,7 @@ struct Backend {
   void (*block_mean)(const BlockMeanArguments&, const Context&);
   size_t (*select_flashomni_workspace)(const SelectArguments&, const Context&);
   void (*select_flashomni)(const SelectArguments&, const Context&);
+  void (*summarize_symbols)(const SummarizeArguments&, const Context&);
   void (*norm_rope)(const NormRopeArguments&, const Context&);
   void (*norm_rope_mean)(const NormRopeMeanArguments&, const Context&);
   void (*taylor_update)(const TaylorUpdateArguments&, const Context&);

@@ -14,7 +14,7 @@
 namespace flashomni {
 
 /// Counts up whenever PluginTable, Context or an operator's arguments change.
-inline constexpr uint32_t kPluginAbi = 6;
+inline constexpr uint32_t kPluginAbi = 7;
 
 /// Why a plugin refused. No exception and no object that owns memory crosses into or out of a plugin.
 struct PluginStatus {
@@ -50,6 +50,7 @@ struct PluginTable {
   Operator<BlockMeanArguments> block_mean;
   Workspace<SelectArguments> select_flashomni_workspace;
   Operator<SelectArguments> select_flashomni;
+  Operator<SummarizeArguments> summarize_symbols;
   Operator<NormRopeArguments> norm_rope;
   Operator<NormRopeMeanArguments> norm_rope_mean;
   Operator<TaylorUpdateArguments> taylor_update;

@@ -1,4 +1,5 @@
-// From queries and keys to symbols: block means, and the paper's choice of what to cache and what to skip.
+// From queries and keys to symbols: block means, and the paper's choice of what to cache and what to skip;
+// and what symbols come to.
 #pragma once
 
 #include "flashomni/backend.h"
@@ -50,6 +51,17 @@ struct SelectArguments {
 };
 FLASHOMNI_API size_t select_flashomni_workspace(const SelectArguments& arguments, const Context& context);
 FLASHOMNI_API void select_flashomni(const SelectArguments& arguments, const Context& context);
+
+/// What symbols come to, from one read of their bits; padding bits are not looked at.
+struct SummarizeArguments {
+  Symbols symbols;  ///< cache [B, cache_bytes], skip [B, skip_bytes]: both present, without indptr
+  int64_t heads = 0, q_tokens = 0, kv_tokens = 0;
+  TensorView rows;    ///< uint8 [B, ceil(q_blocks / 8)], S_c of one head: the row block has an active head
+  TensorView shares;  ///< float32 [2, H], over batch and rows: the selected share of block pairs (those of
+                      ///<   cached tiles are not), the share of active tiles
+  TensorView awake;   ///< uint8 [B]: 1 where the element has an active tile, else 0
+};
+FLASHOMNI_API void summarize_symbols(const SummarizeArguments& arguments, const Context& context);
 
 /// In place on active tiles: x = rope(rms_norm(x) * weight). x [B, N, H, D]; weight [D] of x's dtype or
 /// absent (no norm); cos, sin float32 [tokens, D], the joint sequence's rows, or absent (no rotation); pairs

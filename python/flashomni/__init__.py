@@ -20,6 +20,7 @@ _EXPORTS = {
     "gemm_o_dispatch": "flashomni.ops",
     "block_mean": "flashomni.ops",
     "select_flashomni": "flashomni.ops",
+    "summarize_symbols": "flashomni.ops",
     "norm_rope": "flashomni.ops",
     "norm_rope_mean": "flashomni.ops",
     "taylor_update": "flashomni.ops",

@@ -145,6 +145,26 @@ size_t no_workspace(const Arguments&, const Context&) {
   return 0;
 }
 
+int64_t summarize_symbols(Tensor cache, Tensor skip, Tensor rows, Tensor shares, Tensor awake, int64_t heads,
+                          int64_t q_tokens, int64_t kv_tokens, int64_t block_q, int64_t block_kv,
+                          OptionalTensor workspace, int64_t threads) {
+  return guarded([&] {
+    SummarizeArguments arguments;
+    arguments.symbols.cache = view(cache, "symbols.cache");
+    arguments.symbols.skip = view(skip, "symbols.skip");
+    arguments.symbols.block_q = narrow(block_q, "symbols.block_q");
+    arguments.symbols.block_kv = narrow(block_kv, "symbols.block_kv");
+    arguments.heads = heads;
+    arguments.q_tokens = q_tokens;
+    arguments.kv_tokens = kv_tokens;
+    arguments.rows = view(rows, "rows");
+    arguments.shares = view(shares, "shares");
+    arguments.awake = view(awake, "awake");
+    return run_within(arguments, make_context(cache, threads), workspace, &no_workspace<SummarizeArguments>,
+                      &flashomni::summarize_symbols);
+  });
+}
+
 int64_t block_mean(Tensor x, Tensor out, OptionalTensor similarity, int64_t block, OptionalTensor workspace,
                    int64_t threads) {
   return guarded([&] {
@@ -246,6 +266,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_q, gemm_q);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_o_update, gemm_o_update);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_o_dispatch, gemm_o_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(select_flashomni, select_flashomni);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(summarize_symbols, summarize_symbols);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(block_mean, block_mean);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope, norm_rope);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope_mean, norm_rope_mean);

@@ -26,7 +26,7 @@ inline constexpr bool kPlain =
     ((std::is_standard_layout_v<Structs> && std::is_trivially_copyable_v<Structs>) && ...);
 static_assert(
     kPlain<PluginTable, PluginStatus, Context, AttentionArguments, GemmQArguments, GemmOUpdateArguments,
-           GemmODispatchArguments, BlockMeanArguments, SelectArguments, NormRopeArguments,
+           GemmODispatchArguments, BlockMeanArguments, SelectArguments, SummarizeArguments, NormRopeArguments,
            NormRopeMeanArguments, TaylorUpdateArguments, TaylorForecastArguments, QuantizeArguments>);
 
 constexpr int kMaxDevices = 64;
@@ -198,6 +198,7 @@ struct Row {
   FLASHOMNI_PLUGIN_OPERATOR_WITH_WORKSPACE(gemm_o_dispatch, GemmODispatchArguments)
   FLASHOMNI_PLUGIN_OPERATOR_WITH_WORKSPACE(select_flashomni, SelectArguments)
   FLASHOMNI_PLUGIN_OPERATOR(block_mean, BlockMeanArguments)
+  FLASHOMNI_PLUGIN_OPERATOR(summarize_symbols, SummarizeArguments)
   FLASHOMNI_PLUGIN_OPERATOR(norm_rope, NormRopeArguments)
   FLASHOMNI_PLUGIN_OPERATOR(norm_rope_mean, NormRopeMeanArguments)
   FLASHOMNI_PLUGIN_OPERATOR(taylor_update, TaylorUpdateArguments)
@@ -222,6 +223,7 @@ struct Row {
         .block_mean = block_mean,
         .select_flashomni_workspace = select_flashomni_workspace,
         .select_flashomni = select_flashomni,
+        .summarize_symbols = summarize_symbols,
         .norm_rope = norm_rope,
         .norm_rope_mean = norm_rope_mean,
         .taylor_update = taylor_update,

@@ -1,11 +1,22 @@
 #include "flashomni/select.h"
 
 #include <cmath>
+#include <utility>
 
 #include "src/core/check.h"
 
 namespace flashomni {
 namespace {
+
+/// Symbols that are written or read whole have elements of one length.
+void refuse_indptr(const Symbols& symbols) {
+  for (const TensorView* indptr : {&symbols.cache_indptr, &symbols.skip_indptr}) {
+    if (!indptr->present()) continue;
+    fail(ErrorKind::kNotImplemented,
+         indptr == &symbols.cache_indptr ? "symbols.cache_indptr" : "symbols.skip_indptr",
+         "nothing: elements of one length", describe(*indptr));
+  }
+}
 
 const Backend& check_all(const SelectArguments& a, const Context& context) {
   if (!a.q_mean.present()) fail(ErrorKind::kType, "q_mean", "a tensor", "nothing");
@@ -29,12 +40,7 @@ const Backend& check_all(const SelectArguments& a, const Context& context) {
   }
   check::output(a.symbols.cache, "symbols.cache", DType::kUInt8, device, {batch, geometry.cache_bytes()});
   check::output(a.symbols.skip, "symbols.skip", DType::kUInt8, device, {batch, geometry.skip_bytes()});
-  for (const TensorView* indptr : {&a.symbols.cache_indptr, &a.symbols.skip_indptr}) {
-    if (!indptr->present()) continue;
-    fail(ErrorKind::kNotImplemented,
-         indptr == &a.symbols.cache_indptr ? "symbols.cache_indptr" : "symbols.skip_indptr",
-         "nothing: elements of one length", describe(*indptr));
-  }
+  refuse_indptr(a.symbols);
   check::disjoint(a.symbols.cache, "symbols.cache", a.symbols.skip, "symbols.skip");
   for (const TensorView* written : {&a.symbols.cache, &a.symbols.skip}) {
     const char* name = written == &a.symbols.cache ? "symbols.cache" : "symbols.skip";
@@ -65,6 +71,35 @@ const Backend& check_all(const SelectArguments& a, const Context& context) {
   check::fraction(a.self_similarity, "self_similarity");
   check::threads(context);
   return backend_for(device);
+}
+
+void check_summary(const SummarizeArguments& a) {
+  const Symbols& s = a.symbols;
+  check::block_pair(s.block_q, s.block_kv);
+  check::at_least(a.heads, 1, "heads");
+  check::at_least(a.q_tokens, 1, "q_tokens");
+  check::at_least(a.kv_tokens, 1, "kv_tokens");
+  const SymbolGeometry geometry{a.q_tokens, a.kv_tokens, a.heads, s.block_q, s.block_kv};
+  const Device device = s.cache.device;
+  check::tensor(s.cache, "symbols.cache", DType::kUInt8, device, {check::kAny, geometry.cache_bytes()});
+  const int64_t batch = s.cache.size(0);
+  check::at_least(batch, 1, "batch of symbols.cache");
+  check::tensor(s.skip, "symbols.skip", DType::kUInt8, device, {batch, geometry.skip_bytes()});
+  refuse_indptr(s);
+  check::output(a.rows, "rows", DType::kUInt8, device, {batch, ceil_div(geometry.q_blocks(), 8)});
+  check::output(a.shares, "shares", DType::kFloat32, device, {2, a.heads});
+  check::output(a.awake, "awake", DType::kUInt8, device, {batch});
+  const std::pair<const TensorView&, const char*> tensors[] = {{a.rows, "rows"},
+                                                               {a.shares, "shares"},
+                                                               {a.awake, "awake"},
+                                                               {s.cache, "symbols.cache"},
+                                                               {s.skip, "symbols.skip"}};
+  for (int written = 0; written < 3; ++written) {
+    for (int other = written + 1; other < 5; ++other) {
+      check::disjoint(tensors[written].first, tensors[written].second, tensors[other].first,
+                      tensors[other].second);
+    }
+  }
 }
 
 /// What is measured of the blocks of x.
@@ -131,6 +166,12 @@ void select_flashomni(const SelectArguments& arguments, const Context& context) 
   const Backend& backend = check_all(arguments, context);
   check::workspace(context, backend.select_flashomni_workspace(arguments, context));
   if (arguments.q_mean.size(0) > 0) backend.select_flashomni(arguments, context);
+}
+
+void summarize_symbols(const SummarizeArguments& a, const Context& context) {
+  check_summary(a);
+  check::threads(context);
+  backend_for(a.symbols.cache.device).summarize_symbols(a, context);
 }
 
 void norm_rope(const NormRopeArguments& a, const Context& context) {

@@ -4,6 +4,7 @@
 #include "src/cpu/cpu.h"
 #include "src/cpu/kernels.h"
 #include "src/cpu/select.h"
+#include "src/cpu/summarize.h"
 
 namespace flashomni {
 namespace {
@@ -30,6 +31,10 @@ size_t select_workspace(const SelectArguments& arguments, const Context& context
 }
 void select(const SelectArguments& arguments, const Context& context) {
   cpu::select(arguments, context.workspace, threads_of(context));
+}
+
+void summarize(const SummarizeArguments& arguments, const Context& context) {
+  cpu::summarize(arguments, threads_of(context));
 }
 
 /// Rows go through the caches twice, which is no more than they cost: the CPU computes longer than it reads.
@@ -68,6 +73,7 @@ const Backend& cpu_backend() {
       .block_mean = run<&KernelTable::block_mean, BlockMeanArguments>,
       .select_flashomni_workspace = select_workspace,
       .select_flashomni = select,
+      .summarize_symbols = summarize,
       .norm_rope = run<&KernelTable::norm_rope, NormRopeArguments>,
       .norm_rope_mean = norm_then_mean,
       .taylor_update = run<&KernelTable::taylor_update, TaylorUpdateArguments>,

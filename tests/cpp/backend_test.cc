@@ -24,7 +24,8 @@ TEST(BackendTest, EveryRowIsComplete) {
   EXPECT_TRUE(b.attention_workspace && b.attention && b.gemm_q_workspace && b.gemm_q &&
               b.gemm_o_update_workspace && b.gemm_o_update && b.gemm_o_dispatch_workspace &&
               b.gemm_o_dispatch && b.block_mean && b.select_flashomni_workspace && b.select_flashomni &&
-              b.norm_rope && b.norm_rope_mean && b.taylor_update && b.taylor_forecast && b.quantize_fp8);
+              b.summarize_symbols && b.norm_rope && b.norm_rope_mean && b.taylor_update &&
+              b.taylor_forecast && b.quantize_fp8);
 }
 
 TEST(BackendTest, EnvironmentForcesOne) {

@@ -475,6 +475,52 @@ TEST(SelectChecks, Selection) {
   EXPECT_FAILS(select_flashomni(a, Context{}), kRuntime, "workspace");
 }
 
+TEST(SelectChecks, Summary) {
+  using A = SummarizeArguments;
+  Random random(6);
+  SymbolGeometry g;
+  g.q_tokens = 1300, g.kv_tokens = 300, g.heads = 4, g.block_kv = 64;
+  Masks masks = Masks::random(g, 2, 1, 1, random);
+  Array rows(DType::kUInt8, {2, 2}), shares(kSingle, {2, 4}), awake(DType::kUInt8, {2});
+  A a;
+  a.symbols = masks.symbols(), a.heads = 4, a.q_tokens = 1300, a.kv_tokens = 300;
+  a.rows = rows, a.shares = shares, a.awake = awake;
+  static int32_t ends[] = {0, 1, 2};
+  std::vector<Fault<A>> faults = {
+      {"heads", V, [](A& v) { v.heads = 0; }},
+      {"q_tokens", V, [](A& v) { v.q_tokens = 0; }},
+      {"kv_tokens", V, [](A& v) { v.kv_tokens = -1; }},
+      {"symbols.cache", V, [](A& v) { v.q_tokens = 1100; }},
+      {"symbols.skip", V, [](A& v) { v.kv_tokens = 500; }},
+      {"block_q", V, [](A& v) { v.symbols.block_q = 32; }},
+      {"batch of symbols.cache", V, [](A& v) { v.symbols.cache.shape[0] = 0; }},
+      {"symbols.skip", V, [](A& v) { v.symbols.skip.shape[0] = 1; }},
+      {"symbols.cache_indptr", N, [](A& v) { v.symbols.cache_indptr = make_view(ends, DType::kInt32, {3}); }},
+      {"symbols.skip_indptr", N, [](A& v) { v.symbols.skip_indptr = make_view(ends, DType::kInt32, {3}); }},
+      {"rows", V, [](A& v) { v.rows.shape[0] = 3; }},
+      {"rows", V, [](A& v) { v.rows.strides[0] = 0; }},
+      {"shares", V, [](A& v) { v.shares.shape[0] = 1; }},
+      {"rows", V, [](A& v) { v.rows.data = v.symbols.skip.data; }},
+      {"rows", V, [](A& v) { v.awake.data = v.rows.data; }},
+      {"shares", V, [](A& v) { v.shares.data = v.symbols.cache.data; }},
+      {"awake", V, [](A& v) { v.awake.data = v.symbols.cache.data; }},
+  };
+  const std::vector<std::pair<const char*, std::function<TensorView&(A&)>>> tensors = {
+      {"symbols.cache", [](A& v) -> TensorView& { return v.symbols.cache; }},
+      {"symbols.skip", [](A& v) -> TensorView& { return v.symbols.skip; }},
+      {"rows", [](A& v) -> TensorView& { return v.rows; }},
+      {"shares", [](A& v) -> TensorView& { return v.shares; }},
+      {"awake", [](A& v) -> TensorView& { return v.awake; }}};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    add_tensor_faults<A>(&faults, tensors[i].first, tensors[i].second, true);
+    if (i > 0) add_device_fault<A>(&faults, tensors[i].first, tensors[i].second);
+  }
+  expect_faults<A>(a, faults, [](const A& v) { summarize_symbols(v, Context{}); });
+  Context context;
+  context.threads = -1;
+  EXPECT_FAILS(summarize_symbols(a, context), kValue, "threads");
+}
+
 TEST(SelectChecks, NormRope) {
   using A = NormRopeArguments;
   Random random(5);

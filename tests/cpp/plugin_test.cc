@@ -224,6 +224,13 @@ TEST_F(PluginZLoadedTest, AMissingOperatorIsNamedWithItsBackend) {
   select.symbols.skip = gpu_.view(DType::kUInt8, {1, 1});
   select.tokens = 200;
   missing("select_flashomni", [&] { select_flashomni(select, context); });
+  SummarizeArguments summary;
+  summary.symbols = select.symbols;
+  summary.heads = 2, summary.q_tokens = summary.kv_tokens = 200;
+  summary.rows = gpu_.view(DType::kUInt8, {1, 1});
+  summary.shares = gpu_.view(DType::kFloat32, {2, 2});
+  summary.awake = gpu_.view(DType::kUInt8, {1});
+  missing("summarize_symbols", [&] { summarize_symbols(summary, context); });
   NormRopeArguments norm;
   norm.x = mean.x;
   norm.cos = gpu_.view(DType::kFloat32, {100, 64});

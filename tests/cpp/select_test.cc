@@ -1,4 +1,4 @@
-// Selection and block means against the float64 reference.
+// Selection, block means and what symbols come to, against references.
 #include "flashomni/select.h"
 
 #include <numeric>
@@ -248,6 +248,56 @@ TEST_P(SelectTest, NonFiniteScoresGiveValidSymbols) {
           EXPECT_EQ(kept, 8) << "a text row";
         }
       }
+    }
+  }
+}
+
+TEST(SummarizeTest, ShareOfBitsRowsAndElements) {
+  Random random(95);
+  const int32_t blocks[][2] = {{128, 128}, {128, 64}, {64, 64}};
+  for (int trial = 0; trial < 60; ++trial) {
+    SymbolGeometry g;
+    g.q_tokens = uniform(random, 1, 3000), g.kv_tokens = uniform(random, 1, 6000);
+    g.heads = uniform(random, 1, 30), g.block_q = blocks[trial % 3][0], g.block_kv = blocks[trial % 3][1];
+    const int64_t batch = uniform(random, 1, 3), q_blocks = g.q_blocks(), kv_blocks = g.kv_blocks();
+    const double densities[] = {0, 0.02, 0.5, 1};
+    Masks masks = Masks::random(g, batch, densities[trial % 4], densities[trial / 4 % 4], random);
+    for (int64_t b = 0; b < batch; ++b) {  // bits past the end, which nobody may look at
+      for (int64_t i = g.cache_bits(); i < g.cache_bytes() * 8; ++i) write_bit(masks.cache_row(b), i, true);
+      for (int64_t i = g.skip_bits(); i < g.skip_bytes() * 8; ++i) write_bit(masks.skip_row(b), i, true);
+    }
+    Array rows(DType::kUInt8, {batch, ceil_div(q_blocks, 8)}, 3), awake(DType::kUInt8, {batch});
+    Array shares(DType::kFloat32, {2, g.heads}, 2);
+    shares.poison();
+    rows.fill([] { return 0xA5; }), awake.fill([] { return 0xA5; });
+    SummarizeArguments a;
+    a.symbols = masks.symbols(), a.heads = g.heads, a.q_tokens = g.q_tokens, a.kv_tokens = g.kv_tokens;
+    a.rows = rows, a.shares = shares, a.awake = awake;
+    Context context;
+    context.threads = 1 + trial % 3;
+    summarize_symbols(a, context);
+    for (int64_t h = 0; h < g.heads; ++h) {
+      double active = 0, selected = 0;
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t i = 0; i < q_blocks; ++i) {
+          if (!masks.active(b, h, i)) continue;
+          ++active;
+          for (int64_t j = 0; j < kv_blocks; ++j) selected += masks.selected(b, h, i, j);
+        }
+      }
+      const double tiles = static_cast<double>(batch * q_blocks);
+      ASSERT_EQ(shares(0, h), static_cast<float>(selected / (tiles * static_cast<double>(kv_blocks))));
+      ASSERT_EQ(shares(1, h), static_cast<float>(active / tiles));
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      bool any = false;
+      for (int64_t i = 0; i < rows.size(1) * 8; ++i) {
+        bool active = false;
+        for (int64_t h = 0; i < q_blocks && h < g.heads; ++h) active |= masks.active(b, h, i);
+        ASSERT_EQ(static_cast<int>(rows(b, i / 8)) >> (i % 8) & 1, active) << trial << " row " << i;
+        any |= active;
+      }
+      ASSERT_EQ(awake(b), any);
     }
   }
 }

@@ -4,6 +4,7 @@ also solved in float64, so that what the sanitizer saw was right."""
 from __future__ import annotations
 
 import gpu_gemm_problems as gemm_problems
+import reference
 import torch
 from gpu_problems import check, make_problem
 
@@ -15,6 +16,7 @@ from flashomni import (
     quantize_fp8,
     select_flashomni,
     sparse_attention,
+    summarize_symbols,
     taylor_forecast,
     taylor_update,
 )
@@ -77,7 +79,7 @@ def gemm() -> int:
 
 
 def symbols() -> int:
-    """Means, selection, norms and forecasts at odd sizes."""
+    """Means, selection, its summaries, norms and forecasts at odd sizes."""
     problems = 0
     for block in BLOCKS:
         for dim, tokens, text in ((64, 700, 77), (80, 333, 0), (256, 1, 1)):
@@ -94,6 +96,10 @@ def symbols() -> int:
             select_flashomni(*means, chosen, text_start=0, text_length=text, **taus)
             cache, skip = chosen.masks()
             assert skip[cache].any(-1).all()
+            wanted = reference.summary(cache.cpu(), skip.cpu())
+            summary = [torch.empty_like(part, device="cuda") for part in wanted]
+            summarize_symbols(chosen, *summary)
+            assert all(torch.equal(got.cpu(), part) for got, part in zip(summary, wanted, strict=True))
             history = [q.clone(), torch.empty_like(q)]
             taylor_update(k, history, gap=2, valid=1)
             rows = k[:, :, :3].flatten(2)  # a row's end cuts its last scale short

@@ -79,7 +79,8 @@ class StandIn:
 
     def tensors(self) -> list[torch.Tensor]:
         found = [t for s in self.states() for part in s.tensors().values() for t in part]
-        found += [s.measured for s in self.states() if s.measured is not None]
+        summaries = [s.summary for s in self.states() if s.summary is not None]
+        found += [t for each in summaries for t in (each.rows.cache, each.shares, each.awake)]
         return found + list(self.engine.buffers.tensors())
 
     def host(self) -> list[dict]:

@@ -45,6 +45,13 @@ def random_symbols(
     )
 
 
+def set_padding(symbols: SparseSymbols) -> None:
+    """Sets the bits past the last one of each element, which no operator may look at."""
+    tiles = symbols.q_blocks * symbols.heads
+    for bits, count in ((symbols.cache, tiles), (symbols.skip, tiles * symbols.kv_blocks)):
+        bits[:, -1] |= 0xFF & (0xFF << ((count - 1) % 8 + 1))
+
+
 def poison(*shape: int, dtype: torch.dtype) -> Tensor:
     """NaN everywhere: what is not written shows, and what is written shows too."""
     return torch.full(shape, float("nan"), dtype=dtype)

@@ -289,6 +289,20 @@ def text_blocks(tokens: int, block: int, start: int, length: int) -> Tensor:
     return torch.tensor(holds)
 
 
+def summary(cache: Tensor, skip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What summarize_symbols writes into rows, shares (rounded once, from float64) and awake, of a batch.
+
+    cache: bool [B, H, q_blocks]; skip: bool [B, H, q_blocks, kv_blocks].
+    """
+    batch, _, q_blocks, kv_blocks = skip.shape
+    selected = (cache.unsqueeze(-1) & skip).sum((0, 2, 3)).double() / (batch * q_blocks * kv_blocks)
+    active = cache.sum((0, 2)).double() / (batch * q_blocks)
+    octets = torch.zeros(batch, blocks(q_blocks, 8) * 8, dtype=torch.uint8)
+    octets[:, :q_blocks] = cache.any(1)
+    rows = (octets.unflatten(1, (-1, 8)) * (1 << torch.arange(8))).sum(-1).to(torch.uint8)
+    return rows, torch.stack([selected, active]).float(), cache.any(2).any(1).to(torch.uint8)
+
+
 def select_flashomni(
     q_mean: Tensor,
     k_mean: Tensor,

@@ -55,7 +55,7 @@ class GraphedToy(Toy):
 @pytest.fixture
 def device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     def decide(state: LayerState, order: int) -> None:
-        state.asleep = state.asleep or Asleep(state.symbols, order)
+        state.asleep = state.asleep or Asleep(state.summary, order)
         state.asleep.decide()
 
     monkeypatch.setattr(LayerState, "decide_reuse", decide)

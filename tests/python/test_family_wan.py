@@ -28,7 +28,7 @@ from family_checks import (
 
 import flashomni
 from flashomni.diffusers.api import transformers_of
-from flashomni.engine.state import RowSymbols
+from flashomni.engine.state import Summary
 from flashomni.policies import Choice, Policy, RandomPolicy
 
 TINY = {
@@ -120,16 +120,20 @@ def test_rows_cached_in_some_heads_are_projected_whole(monkeypatch: pytest.Monke
         return draw(pipe, 6)
 
     skipped = []
-    decide = RowSymbols.decide
+    measure = Summary.measure
 
-    def watched(rows: RowSymbols, symbols) -> None:
-        decide(rows, symbols)
-        skipped.append(not bool(rows.symbols.masks()[0].all()))
+    def watched(summary: Summary) -> None:
+        measure(summary)
+        skipped.append(not bool(summary.rows.masks()[0].all()))
 
-    monkeypatch.setattr(RowSymbols, "decide", watched)
+    def all_rows(summary: Summary) -> None:
+        measure(summary)
+        summary.rows.cache.fill_(255)
+
+    monkeypatch.setattr(Summary, "measure", watched)
     got = run()
     assert any(skipped)
-    monkeypatch.setattr(RowSymbols, "decide", lambda rows, symbols: rows.symbols.cache.fill_(255))
+    monkeypatch.setattr(Summary, "measure", all_rows)
     assert error(got, run()) < 1e-6
 
 
@@ -361,7 +365,7 @@ def test_cross_attention_to_a_picture_follows() -> None:
             engine.context, 0, (2, 168, 2, 64, x.dtype, x.device), *(engine.config.block_q,) * 2
         )
         OddRows().select(None, Sizes(2, 2), None, {}, Choice(state.symbols))
-        state.decide_rows(spread=True)
+        state.summarize(0, spread=True)
         out = processor._attend(attention, x, text, state.rows, torch.full_like(x, float("nan")))
     active = state.symbols.masks()[0].any(1)[:, torch.arange(168) // 64]
     assert error(out[active].double(), want[active].double()) < 1e-5

@@ -1,4 +1,4 @@
-"""Selection, block means and norm with RoPE on the GPU: against float64, the CPU, and as they are used.
+"""Selection, its summaries, block means and norm with RoPE on the GPU: against float64, the CPU, and in use.
 
 What may differ from the reference: a bit whose shares lie within `slack` of the threshold or of another share
 (reference.Choice.sure says which). What may differ from the CPU backend: the same, with a smaller slack, as
@@ -7,15 +7,23 @@ both compute scores in float32 and add shares in float64, each in an order of it
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 
 import pytest
 import reference
 import torch
-from inputs import BLOCKS, HEAD_DIMS, token_mask
+from inputs import BLOCKS, HEAD_DIMS, random_symbols, set_padding, token_mask
 
-from flashomni import SparseSymbols, block_mean, norm_rope, norm_rope_mean, select_flashomni
+from flashomni import (
+    SparseSymbols,
+    block_mean,
+    norm_rope,
+    norm_rope_mean,
+    select_flashomni,
+    summarize_symbols,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -230,6 +238,86 @@ def test_every_run_gives_the_same_bits() -> None:
     for _ in range(20):
         again = select(**case)
         assert torch.equal(first.cache, again.cache) and torch.equal(first.skip, again.skip)
+
+
+class Summary:
+    """Poisoned outputs of summarize_symbols: the rows' bits at an odd address, among bytes to be left."""
+
+    def __init__(self, symbols: SparseSymbols):
+        row_bytes = reference.blocks(symbols.q_blocks, 8)
+        self.bits = torch.empty(symbols.batch, row_bytes + 3, dtype=torch.uint8, device="cuda")
+        self.shares = torch.empty(2, symbols.heads, device="cuda")
+        self.awake = torch.empty(symbols.batch, dtype=torch.uint8, device="cuda")
+        self.outputs = self.bits[:, 1:-2], self.shares, self.awake
+        self.poison()
+
+    def poison(self) -> None:
+        self.bits.fill_(0xA5)
+        self.shares.fill_(NAN)
+        self.awake.fill_(0xA5)
+
+    def check(self, symbols: SparseSymbols) -> None:
+        for got, want in zip(self.outputs, reference.summary(*symbols.masks()), strict=True):
+            assert torch.equal(got.cpu(), want)
+        assert bool((self.bits[:, [0, -2, -1]] == 0xA5).all())
+
+
+def at_odd_addresses(symbols: SparseSymbols) -> SparseSymbols:
+    """On the GPU, elements further apart than their bytes, from an odd address; bits between are set."""
+
+    def moved(bits: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((bits.shape[0], bits.shape[1] + 6), 0xFF, dtype=torch.uint8, device="cuda")
+        wide[:, 3:-3] = bits.cuda()
+        return wide[:, 3:-3]
+
+    return dataclasses.replace(symbols, cache=moved(symbols.cache), skip=moved(symbols.skip))
+
+
+def test_summaries() -> None:
+    """To the bit: counts are integers and divided once."""
+    draw = random.Random(17)
+    for problem in range(PROBLEMS):
+        q_tokens, kv_tokens = (
+            draw.choice([1, 63, 129, 700, 4608, 9000]),
+            draw.choice([1, 65, 513, 4608, 20000]),
+        )
+        densities = draw.choice([0.0, 0.02, 0.5, 1.0]), draw.choice([0.0, 0.05, 0.5, 1.0])
+        symbols = random_symbols(
+            torch.Generator().manual_seed(problem),
+            *(draw.randint(1, 3), draw.randint(1, 30), q_tokens + draw.randint(0, 200), kv_tokens),
+            *(draw.choice(BLOCKS), *densities),
+        )
+        summary = Summary(symbols)
+        padded = dataclasses.replace(symbols, cache=symbols.cache.clone(), skip=symbols.skip.clone())
+        set_padding(padded)
+        on_device = padded.to("cuda") if problem % 2 else at_odd_addresses(padded)
+        summarize_symbols(on_device, *summary.outputs)
+        summary.check(symbols)
+
+
+def test_summaries_in_a_graph_follow_the_bits() -> None:
+    """After a selection in the same graph: the summary is of the bits that were just written."""
+    torch.manual_seed(3)
+    tokens, heads = 2000, 5
+    q_mean = torch.randn(2, 16, heads, 64, device="cuda")
+    k_mean = torch.randn(2, 32, heads, 64, device="cuda")
+    symbols = poisoned(2, heads, tokens, (128, 64), "cuda")
+    summary = Summary(symbols)
+
+    def run() -> None:
+        options = {"text_start": 0, "text_length": 77, "tau_q": 0.6, "tau_kv": 0.3, "s_q": 0.45}
+        select_flashomni(q_mean, k_mean, symbols, **options)
+        summarize_symbols(symbols, *summary.outputs)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(20):
+        q_mean.normal_(std=2)
+        summary.poison()
+        graph.replay()
+        summary.check(symbols.to("cpu"))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,15 @@ def select_arguments() -> dict[str, Any]:
     }
 
 
+def summarize_arguments() -> dict[str, Any]:
+    return {
+        "symbols": SparseSymbols.ones(1, HEADS, TOKENS, TOKENS),
+        "rows": torch.full((1, 1), 0xA5, dtype=torch.uint8),
+        "shares": poison(2, HEADS, dtype=torch.float32),
+        "awake": torch.full((1,), 0xA5, dtype=torch.uint8),
+    }
+
+
 def norm_rope_arguments() -> dict[str, Any]:
     return {
         "x": torch.randn(1, 150, HEADS, DIM),
@@ -127,6 +137,7 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
     "gemm_o_update": gemm_o_update_arguments,
     "gemm_o_dispatch": gemm_o_dispatch_arguments,
     "select_flashomni": select_arguments,
+    "summarize_symbols": summarize_arguments,
     "norm_rope": norm_rope_arguments,
     "norm_rope_mean": norm_rope_mean_arguments,
     "taylor_update": taylor_update_arguments,
@@ -138,7 +149,8 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def written(arguments: dict[str, Any]) -> list[torch.Tensor]:
     """Copies of everything an operator might write."""
-    tensors = [arguments.get(name) for name in ("out", "lse", "x", "mean", "similarity", "values", "scales")]
+    names = ("out", "lse", "x", "mean", "similarity", "values", "scales", "rows", "shares", "awake")
+    tensors = [arguments.get(name) for name in names]
     tensors += [*arguments.get("cached", ()), *arguments.get("derivatives", ())]
     symbols = arguments.get("symbols")
     if isinstance(symbols, SparseSymbols):
@@ -156,6 +168,16 @@ def wrong_bytes(part: str, size: int) -> SparseSymbols:
     bits = getattr(symbols, part)
     setattr(symbols, part, torch.ones(1, bits.shape[1] + size, dtype=torch.uint8))
     return symbols
+
+
+def without(part: str) -> SparseSymbols:
+    return replace(SparseSymbols.ones(1, HEADS, TOKENS, TOKENS), **{part: None})
+
+
+def ragged() -> SparseSymbols:
+    symbols = SparseSymbols.ones(1, HEADS, TOKENS, TOKENS)
+    ends = torch.tensor([0, symbols.cache_bytes], dtype=torch.int32)
+    return replace(symbols, cache=symbols.cache[0], cache_indptr=ends)
 
 
 def ones(*shape: int, **options: Any) -> torch.Tensor:
@@ -261,6 +283,21 @@ BAD = [
     ("select_flashomni", {"text_length": 201}, ValueError, "^text_length: "),
     ("select_flashomni", {"text_start": -1}, ValueError, "^text_start: "),
     ("select_flashomni", {"symbols": ONES(1, HEADS, TOKENS, 100)}, ValueError, "symbols.kv_tokens: "),
+    ("summarize_symbols", {"symbols": ones(1, 1)}, TypeError, "^symbols: expected SparseSymbols"),
+    ("summarize_symbols", {"symbols": without("cache")}, ValueError, "^symbols: .*both.*None"),
+    ("summarize_symbols", {"symbols": without("skip")}, ValueError, "^symbols: .*both.*None"),
+    ("summarize_symbols", {"symbols": ragged()}, ValueError, "^symbols: .*indptr.*ragged"),
+    ("summarize_symbols", {"symbols": wrong_bytes("cache", 1)}, ValueError, "^symbols.cache: "),
+    ("summarize_symbols", {"symbols": wrong_bytes("skip", 2)}, ValueError, "^symbols.skip: "),
+    ("summarize_symbols", {"symbols": ONES(1, HEADS, 0, 0)}, ValueError, "^q_tokens: .*1.*0"),
+    ("summarize_symbols", {"symbols": ONES(1, HEADS, TOKENS, TOKENS, 32, 32)}, ValueError, "block_q: "),
+    ("summarize_symbols", {"rows": None}, TypeError, "^rows: expected a torch.Tensor"),
+    ("summarize_symbols", {"rows": ones(1, 2, dtype=torch.uint8)}, ValueError, "^rows: "),
+    ("summarize_symbols", {"rows": ones(1, 1, dtype=torch.bool)}, TypeError, "^rows: .*uint8.*bool|^rows: "),
+    ("summarize_symbols", {"shares": ones(2, HEADS + 1)}, ValueError, "^shares: "),
+    ("summarize_symbols", {"shares": ones(2, HEADS).double()}, TypeError, "^shares: .*float32.*float64"),
+    ("summarize_symbols", {"awake": ones(2, dtype=torch.uint8)}, ValueError, "^awake: "),
+    ("summarize_symbols", {"awake": ones(1)}, TypeError, "^awake: .*uint8.*float32"),
     ("norm_rope", {"x": ones(150, HEADS, DIM)}, ValueError, "^x: "),
     ("norm_rope", {"weight": ones(DIM + 1)}, ValueError, "^weight: "),
     ("norm_rope", {"weight": ones(DIM).half()}, TypeError, "^weight: "),
@@ -324,6 +361,8 @@ EVERY_TENSOR = [(name, key) for name in OPERATORS for key in tensors_of(name)]
 @pytest.mark.parametrize(("name", "key"), EVERY_TENSOR)
 def test_tensors_that_require_grad_are_refused_while_grad_is_on(name: str, key: str) -> None:
     arguments = OPERATORS[name]()
+    if not arguments[key].is_floating_point():
+        pytest.skip("integers cannot require grad")
     arguments[key] = arguments[key].clone().requires_grad_()
     with torch.enable_grad(), pytest.raises(RuntimeError, match=f"^{key}: .*require grad"):
         getattr(flashomni, name)(**arguments)
@@ -358,7 +397,7 @@ def test_tensors_without_plain_memory_are_refused(name: str, key: str, kind: str
     arguments = OPERATORS[name]()
     tensor = arguments[key]
     if tensor.dtype != torch.float32:
-        pytest.skip("quantised values are known by their type")
+        pytest.skip("quantised values and bits are known by their type")
     arguments[key] = WITHOUT_PLAIN_MEMORY[kind](tensor)
     before = written(arguments | {key: None})
     with pytest.raises(ValueError, match=f"^{key}: expected a tensor with plain memory, .*{kind}"):

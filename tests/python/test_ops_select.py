@@ -1,13 +1,20 @@
-"""block_mean, select_flashomni and norm_rope against the float64 reference."""
+"""block_mean, select_flashomni, summarize_symbols and norm_rope against the float64 reference."""
 
 import pytest
 import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import BLOCKS, DTYPES, HEAD_DIMS, random, random_symbols, strided, token_mask
+from inputs import BLOCKS, DTYPES, HEAD_DIMS, random, random_symbols, set_padding, strided, token_mask
 
-from flashomni import SparseSymbols, block_mean, norm_rope, norm_rope_mean, select_flashomni
+from flashomni import (
+    SparseSymbols,
+    block_mean,
+    norm_rope,
+    norm_rope_mean,
+    select_flashomni,
+    summarize_symbols,
+)
 
 
 @given(
@@ -342,3 +349,23 @@ def test_norm_rope_mean_is_its_parts(seed, tokens, head_dim, dtype, block, parts
     assert torch.equal(got, wanted) and torch.equal(mean, wanted_mean)
     if similar:
         assert torch.equal(*similarity)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 30),
+    tokens=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    block=st.sampled_from(BLOCKS),
+    densities=st.tuples(*[st.sampled_from([0.0, 0.03, 0.5, 1.0])] * 2),
+)
+def test_summary(seed, batch, heads, tokens, block, densities) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    symbols = random_symbols(generator, batch, heads, *tokens, block, *densities)
+    rows, shares, awake = reference.summary(*symbols.masks())
+    set_padding(symbols)
+    bits = torch.full((batch, rows.shape[1] + 2), 0xA5, dtype=torch.uint8)
+    got = bits[:, 1:-1], torch.full((2, heads), float("nan")), torch.full_like(awake, 0xA5)
+    summarize_symbols(symbols, *got)
+    assert torch.equal(got[0], rows) and torch.equal(got[1], shares) and torch.equal(got[2], awake)
+    assert bool((bits[:, [0, -1]] == 0xA5).all())

@@ -75,6 +75,10 @@ def samples() -> dict[str, tuple]:
             *(*means, s.cache, s.skip, torch.ones(1), torch.rand(means[1].shape[:3])),
             *(TOKENS, 0, TEXT, 0.5, 0.1, 0.0, 0.0, 0.5, 128, 64),
         ),
+        "summarize_symbols": (
+            *(s.cache, s.skip, torch.zeros(1, 1, dtype=torch.uint8), torch.zeros(2, HEADS)),
+            *(torch.zeros(1, dtype=torch.uint8), HEADS, TOKENS, TOKENS, 128, 64),
+        ),
         "norm_rope": (q, torch.ones(DIM), table, table, s.cache, 1e-6, 0, TOKENS, 128),
         "norm_rope_mean": (
             *(q, torch.ones(DIM), table, table, torch.zeros(1, 5, HEADS, DIM), torch.zeros(1, 5, HEADS)),
@@ -230,6 +234,7 @@ def test_the_schemas_tell_what_is_written() -> None:
         "gemm_o_dispatch": {"out"},
         "block_mean": {"out", "similarity"},
         "select_flashomni": {"cache", "skip"},
+        "summarize_symbols": {"rows", "shares", "awake"},
         "norm_rope": {"x"},
         "norm_rope_mean": {"x", "mean", "similarity"},
         "taylor_update": {"derivatives"},

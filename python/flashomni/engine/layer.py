@@ -257,11 +257,7 @@ class LayerRun:
         engine.policy.select(step, layout, stats, state.policy, Choice(state.symbols))
         if a.condition is not None:
             state.protect(a.condition)
-        state.decide_reuse(engine.config.max_order)
-        spread = engine.config.cross_attention == "follow"
-        if spread or engine.config.mlp == "follow" or any(stream.across_heads for stream in a.streams):
-            state.decide_rows(spread=spread)
-        state.measure_density()
+        state.summarize(engine.config.max_order, spread=engine.config.cross_attention == "follow")
 
     def _prepare_history(self) -> None:
         """What of the history this step reads can come from the host while attention runs.

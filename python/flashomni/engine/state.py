@@ -9,11 +9,31 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from flashomni import ops
 from flashomni.engine.buffers import new_zeros
 from flashomni.engine.follow import Followed
 from flashomni.engine.kept import Kept
 from flashomni.policies import Segment
 from flashomni.symbols import SparseSymbols, pack
+
+
+class Summary:
+    """What a layer's symbols come to, read off them at every Update into memory that stays where it is.
+
+    rows: S_c of whole row blocks, active where any head is, with one head: for work that all heads of a row
+    share. awake: uint8 [B], 1 in batch elements with an active tile. shares: float32 [2, H], the selected
+    share of block pairs and the share of active tiles.
+    """
+
+    def __init__(self, symbols: SparseSymbols):
+        s = symbols
+        self.symbols = s
+        self.rows = _rows_of(s, 1)
+        self.awake = new_zeros((s.batch,), torch.uint8, s.device)
+        self.shares = new_zeros((2, s.heads), torch.float32, s.device)
+
+    def measure(self) -> None:
+        ops.summarize_symbols(self.symbols, self.rows.cache, self.shares, self.awake)
 
 
 class Asleep:
@@ -24,36 +44,38 @@ class Asleep:
     without any active tile is reused at order 0. first_weights[n]: the first n of them.
     """
 
-    def __init__(self, symbols: SparseSymbols, order: int):
-        s = symbols
+    def __init__(self, summary: Summary, order: int):
+        self.keys = _rows_of(summary.symbols, 1)
         with torch.inference_mode(False):
-            keys = SparseSymbols.ones(s.batch, 1, s.q_tokens, s.kv_tokens, s.block_q, s.block_kv, s.device)
-            self.ones = keys.cache.clone()
-            self.weights = torch.ones(order + 1, device=s.device)
+            self.ones = self.keys.cache.clone()
+            self.awake = summary.awake.unsqueeze(1)
+            self.weights = torch.ones(order + 1, device=summary.awake.device)
             self.first_weights = [self.weights[:n] for n in range(order + 2)]
-        self.symbols, self.keys = symbols, replace(keys, skip=None)
+            self.later_weights = self.weights[1:]
 
     def decide(self) -> None:
-        active = self.symbols.cache.any(1, keepdim=True)
-        self.keys.cache.copy_(self.ones * active)
-        self.weights[1:] = active.any()
+        torch.mul(self.ones, self.awake, out=self.keys.cache)
+        self.later_weights.copy_(self.awake.any())
 
 
-class RowSymbols:
-    """S_c of whole row blocks, active where any head is: with one head, for work that all heads of a row
-    share, or the same for each of `heads`."""
+class SpreadRows:
+    """A summary's rows in every head, no key skipped: for work on whole rows that is done head by head."""
 
-    def __init__(self, symbols: SparseSymbols, heads: int = 1):
-        s = symbols
-        with torch.inference_mode(False):
-            ones = SparseSymbols.ones(
-                s.batch, heads, s.q_tokens, s.kv_tokens, s.block_q, s.block_kv, s.device
-            )
-            self.symbols = replace(ones, cache=ones.cache.clone(), skip=None)
+    def __init__(self, summary: Summary):
+        self.rows = summary.rows
+        self.symbols = _rows_of(summary.symbols, summary.symbols.heads)
 
-    def decide(self, symbols: SparseSymbols) -> None:
-        rows = symbols.masks()[0].any(1)
-        self.symbols.cache.copy_(pack(rows.repeat_interleave(self.symbols.heads, dim=1)))
+    def decide(self) -> None:
+        rows, _ = self.rows.masks()
+        self.symbols.cache.copy_(pack(rows[:, 0].repeat_interleave(self.symbols.heads, dim=1)))
+
+
+def _rows_of(symbols: SparseSymbols, heads: int) -> SparseSymbols:
+    """Ones to be written, with the geometry of `symbols` and `heads` heads; no key is skipped."""
+    s = symbols
+    with torch.inference_mode(False):
+        ones = SparseSymbols.ones(s.batch, heads, s.q_tokens, s.kv_tokens, s.block_q, s.block_kv, s.device)
+        return replace(ones, cache=ones.cache.clone(), skip=None)
 
 
 class Protection:
@@ -91,64 +113,56 @@ class LayerState:
     orders: int = 1  # how many of D + 1 the history supported at that Update
     reuse_all: bool = False  # known on the host: S_c is zero everywhere, so that nothing is launched
     asleep: Asleep | None = None  # the same on a GPU, where the host does not know
-    row_symbols: RowSymbols | None = None
-    spread_symbols: RowSymbols | None = None
+    summary: Summary | None = None  # of the last Update
+    spread: SpreadRows | None = None
     protections: dict[Segment, Protection] = field(default_factory=dict)
     keeps_o: bool = False  # O itself is forecast, as an output projection is no plain linear
     followed: dict[str, Followed] = field(default_factory=dict)  # what follows the attention
     done: str = "full"  # what the pass at hand did here: "full", "record" (full, into the history), ..
     differences: tuple[int, int] = (0, 1)  # history_of() the last recorded step, before it was recorded
-    measured: Tensor | None = None  # float32 [2, H], of the last Update: see keep_density()
     density: Tensor | None = None  # float32 [H], selected share of block pairs
     cache_density: Tensor | None = None  # float32 [H], share of active tiles
     policy: dict = field(default_factory=dict)
 
+    def summarize(self, order: int, *, spread: bool) -> None:
+        """After a choice of symbols: what follows from them, for a history up to `order`."""
+        if self.summary is None:
+            self.summary = Summary(self.symbols)
+        self.summary.measure()
+        self.decide_reuse(order)
+        if not spread:
+            return
+        if self.spread is None:
+            self.spread = SpreadRows(self.summary)
+        self.spread.decide()
+
     def decide_reuse(self, order: int) -> None:
-        """After a choice of symbols: is the layer reused whole? The host reads that only where it is free."""
-        if not self.symbols.cache.is_cuda:
-            self.reuse_all = not bool(self.symbols.cache.any())
+        """Is the layer reused whole? The host reads that only where it is free."""
+        if not self.summary.awake.is_cuda:
+            self.reuse_all = not bool(self.summary.awake.any())
             return
         if self.asleep is None:
-            self.asleep = Asleep(self.symbols, order)
+            self.asleep = Asleep(self.summary, order)
         self.asleep.decide()
 
     @property
     def rows(self) -> SparseSymbols:
-        """S_c of whole row blocks; valid once decide_rows() has been called."""
-        return self.row_symbols.symbols
+        """S_c of whole row blocks; valid once summarize() has been called."""
+        return self.summary.rows
 
     @property
     def spread_rows(self) -> SparseSymbols:
-        """The same in every head, no key skipped; valid once decide_rows(spread=True) has been called."""
-        return self.spread_symbols.symbols
-
-    def decide_rows(self, *, spread: bool = False) -> None:
-        if self.row_symbols is None:
-            self.row_symbols = RowSymbols(self.symbols)
-        self.row_symbols.decide(self.symbols)
-        if not spread:
-            return
-        if self.spread_symbols is None:
-            self.spread_symbols = RowSymbols(self.symbols, self.symbols.heads)
-        self.spread_symbols.decide(self.symbols)
+        """The same in every head, no key skipped; valid once summarize(spread=True) has been called."""
+        return self.spread.symbols
 
     def protect(self, segment: Segment) -> None:
         if segment not in self.protections:  # one each: graphs read them by address
             self.protections[segment] = Protection(self.symbols, segment)
         self.protections[segment].apply(self.symbols)
 
-    def measure_density(self) -> None:
-        """Into memory of its own, where a replayed graph writes it too."""
-        cache, skip = self.symbols.masks()
-        density = (cache.unsqueeze(-1) & skip).float().mean((0, 2, 3))
-        measured = torch.stack([density, cache.float().mean((0, 2))])
-        if self.measured is None:
-            self.measured = new_zeros(tuple(measured.shape), measured.dtype, measured.device)
-        self.measured.copy_(measured)
-
     def keep_density(self) -> None:
-        """Statistics keep these tensors; the next Update writes others."""
-        self.density, self.cache_density = self.measured.clone().unbind(0)
+        """Statistics keep these tensors; the next Update, or a graph of it, writes the summary's."""
+        self.density, self.cache_density = self.summary.shares.clone().unbind(0)
 
     def note_recorded(self, engine, recorded: int) -> None:
         self.recorded, self.recorded_step = recorded, engine.index

@@ -10,7 +10,13 @@ from flashomni.ops.attention import sparse_attention
 from flashomni.ops.bits import packbits, segment_packbits
 from flashomni.ops.forecast import quantize_fp8, taylor_forecast, taylor_update
 from flashomni.ops.gemm import gemm_o_dispatch, gemm_o_update, gemm_q
-from flashomni.ops.select import block_mean, norm_rope, norm_rope_mean, select_flashomni
+from flashomni.ops.select import (
+    block_mean,
+    norm_rope,
+    norm_rope_mean,
+    select_flashomni,
+    summarize_symbols,
+)
 
 __all__ = [
     "block_mean",
@@ -24,6 +30,7 @@ __all__ = [
     "segment_packbits",
     "select_flashomni",
     "sparse_attention",
+    "summarize_symbols",
     "taylor_forecast",
     "taylor_update",
 ]

@@ -1,4 +1,5 @@
-"""From queries and keys to symbols: norm and RoPE, block means, and the paper's selection."""
+"""From queries and keys to symbols: norm and RoPE, block means, and the paper's selection; and what the
+symbols come to."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from flashomni.symbols import SparseSymbols
 
 _MEAN = Native("block_mean", "x, out?, similarity?")
 _SELECT = Native("select_flashomni", "q_mean, k_mean, symbols.cache, symbols.skip, ramp?, k_similarity?")
+_SUMMARIZE = Native("summarize_symbols", "symbols.cache, symbols.skip, rows, shares, awake")
 _NORM = Native("norm_rope", "x, weight?, cos?, sin?, symbols.cache?")
 _NORM_MEAN = Native("norm_rope_mean", "x, weight?, cos?, sin?, mean, similarity?")
 
@@ -29,6 +31,10 @@ def _call_mean(x: Tensor, *arguments: object) -> None:
 
 def _call_select(q_mean: Tensor, *arguments: object) -> None:
     _SELECT.invoke(q_mean, q_mean, *arguments)
+
+
+def _call_summarize(cache: Tensor, *arguments: object) -> None:
+    _SUMMARIZE.invoke(cache, cache, *arguments)
 
 
 def _call_norm(x: Tensor, *arguments: object) -> None:
@@ -47,6 +53,12 @@ _select_operator = define(
     "Tensor? k_similarity, int tokens, int text_start, int text_length, float tau_q, float tau_kv, "
     "float s_q, float scale, float self_similarity, int block_q, int block_kv) -> ()",
     _call_select,
+    no_result,
+)
+_summarize_operator = define(
+    "summarize_symbols(Tensor cache, Tensor skip, Tensor(a!) rows, Tensor(b!) shares, Tensor(c!) awake, "
+    "int heads, int q_tokens, int kv_tokens, int block_q, int block_kv) -> ()",
+    _call_summarize,
     no_result,
 )
 _norm_operator = define(
@@ -117,11 +129,7 @@ def select_flashomni(
     Returns `symbols`. Raises ValueError or TypeError that names the argument, RuntimeError for tensors that
     require grad.
     """
-    expect_symbols(symbols)
-    if symbols.cache is None or symbols.skip is None:
-        raise ValueError("symbols: expected both cache and skip bits to write into, got None")
-    if symbols.cache_indptr is not None or symbols.skip_indptr is not None:
-        raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")
+    _expect_both_parts(symbols)
     expect("symbols.kv_tokens", "as q_tokens", symbols.kv_tokens, symbols.q_tokens)
     direct = _SELECT.is_direct((q_mean, k_mean, symbols.cache, symbols.skip, ramp, k_similarity))
     expect_dims("q_mean", q_mean, "B, q_blocks, H, D")
@@ -136,6 +144,26 @@ def select_flashomni(
         *(symbols.block_q, symbols.block_kv),
     )
     return symbols
+
+
+def summarize_symbols(symbols: SparseSymbols, rows: Tensor, shares: Tensor, awake: Tensor) -> None:
+    """What symbols come to, from one read of their bits, written into the other three.
+
+    symbols: both parts present, [B, bytes] each.
+    rows: uint8 [B, ceil(q_blocks / 8)], cache bits of one head: bit i says whether any head of row block i is
+        active; bits past the last block are 0.
+    shares: float32 [2, H], of each head over batch and rows: the selected share of (query block, KV block)
+        pairs, where those of cached tiles are not selected; and the share of active tiles.
+    awake: uint8 [B], 1 where the element has any active tile, else 0.
+
+    Raises ValueError or TypeError that names the argument, RuntimeError for tensors that require grad.
+    """
+    _expect_both_parts(symbols)
+    direct = _SUMMARIZE.is_direct((symbols.cache, symbols.skip, rows, shares, awake))
+    (_call_summarize if direct else _summarize_operator)(
+        *(symbols.cache, symbols.skip, rows, shares, awake),
+        *(symbols.heads, symbols.q_tokens, symbols.kv_tokens, symbols.block_q, symbols.block_kv),
+    )
 
 
 def norm_rope(
@@ -207,3 +235,11 @@ def norm_rope_mean(
         x, weight, cos, sin, mean, similarity, eps, row_offset, tokens, block
     )
     return x
+
+
+def _expect_both_parts(symbols: SparseSymbols) -> None:
+    expect_symbols(symbols)
+    if symbols.cache is None or symbols.skip is None:
+        raise ValueError("symbols: expected both cache and skip bits, got None")
+    if symbols.cache_indptr is not None or symbols.skip_indptr is not None:
+        raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")

@@ -115,6 +115,9 @@ int device_of_attention(const AttentionArguments& arguments) {
 int device_of_means(const SelectArguments& arguments) {
   return arguments.q_mean.device.id;
 }
+int device_of_symbols(const SummarizeArguments& arguments) {
+  return arguments.symbols.cache.device.id;
+}
 int device_of_mean(const NormRopeMeanArguments& arguments) {
   return arguments.mean.device.id;
 }
@@ -153,6 +156,7 @@ PluginTable make_table() {
   table.block_mean = run<block_mean, device_of_x<BlockMeanArguments>, BlockMeanArguments>;
   table.select_flashomni_workspace = workspace<select_workspace, device_of_means, SelectArguments>;
   table.select_flashomni = run<select, device_of_means, SelectArguments>;
+  table.summarize_symbols = run<summarize, device_of_symbols, SummarizeArguments>;
   table.norm_rope = run<norm_rope, device_of_x<NormRopeArguments>, NormRopeArguments>;
   table.norm_rope_mean = run<norm_rope_mean, device_of_mean, NormRopeMeanArguments>;
   table.taylor_update = run<taylor_update, device_of_derivatives<TaylorUpdateArguments>, TaylorUpdateArguments>;
