@@ -1,15 +1,11 @@
 // What symbols come to: a CTA a head counts its bits, a CTA a batch element looks which of its rows compute.
+#include "src/cuda/common/bits.cuh"
 #include "src/cuda/common/chain.cuh"
 #include "src/cuda/common/select/problem.cuh"
 #include "src/cuda/common/select/select.h"
-#include "src/cuda/sm90/bits.cuh"
 
 namespace flashomni::cuda {
 namespace {
-
-using sm90::Bits;
-using sm90::kBitsAWord;
-using sm90::low_bits;
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kLanesARow = 8;
@@ -92,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) summarize_kernel(const __grid_consta
 void summarize(const SummarizeArguments& a, const Context& context) {
   const SymbolGeometry geometry{a.q_tokens, a.kv_tokens, a.heads, a.symbols.block_q, a.symbols.block_kv};
   SummaryProblem p{};
-  p.cache = sm90::bits_of(a.symbols.cache, {}), p.skip = sm90::bits_of(a.symbols.skip, {});
+  p.cache = bits_of(a.symbols.cache, {}), p.skip = bits_of(a.symbols.skip, {});
   p.batch = static_cast<int>(a.symbols.cache.size(0)), p.heads = static_cast<int>(a.heads);
   p.q_blocks = static_cast<int>(geometry.q_blocks()), p.kv_blocks = static_cast<int>(geometry.kv_blocks());
   p.rows = a.rows.as<uint8_t>(), p.rows_stride = a.rows.strides[0];

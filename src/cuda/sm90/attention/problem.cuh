@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "src/cuda/sm90/bits.cuh"
+#include "src/cuda/common/bits.cuh"
 
 namespace flashomni::cuda::sm90 {
 

@@ -5,7 +5,7 @@
 #include <cuda.h>
 
 #include "flashomni/gemm.h"
-#include "src/cuda/sm90/bits.cuh"
+#include "src/cuda/common/bits.cuh"
 #include "src/cuda/sm90/gemm/consumer.cuh"
 #include "src/cuda/sm90/gemm/kernel.cuh"
 

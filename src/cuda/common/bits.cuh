@@ -5,7 +5,7 @@
 
 #include "flashomni/tensor.h"
 
-namespace flashomni::cuda::sm90 {
+namespace flashomni::cuda {
 
 inline constexpr int kBitsAWord = 32;
 
@@ -47,4 +47,4 @@ inline Bits bits_of(const TensorView& bits, const TensorView& indptr) {
   return {bits.as<const uint8_t>(), packed ? indptr.as<const int32_t>() : nullptr, stride, size};
 }
 
-}  // namespace flashomni::cuda::sm90
+}  // namespace flashomni::cuda
