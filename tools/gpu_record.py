@@ -339,6 +339,8 @@ def end_to_end_lines(rows: list[dict]) -> list[str]:
         else case["model"]
     )
     lines = [f"### End to end: {what}, {case['steps']} steps, {case['dtype']}", ""]
+    if rows[0].get("config", {}).get("cache_dtype") == "float8_e4m3":
+        lines += ["Caches in e4m3.", ""]
     if runs[0].get("composed"):
         lines += ["Runs are composed of a few measured steps of each kind.", ""]
     columns = (
