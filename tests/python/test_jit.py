@@ -301,9 +301,12 @@ def test_a_cache_that_cannot_be_written(tree, nvcc, monkeypatch, tmp_path):
 
 
 def builder(tree: sources.Sources) -> subprocess.Popen:
-    """Another process that builds the tree."""
+    """Another process that builds the tree. It minds SIGINT, which a shell has ignored by what it runs in the
+    background."""
     script = f"""
+        import signal
         from pathlib import Path
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from flashomni.jit import build, sources, toolkit
         print(build.build(sources.collect(Path({str(tree.root)!r})), toolkit.find()))
     """
