@@ -73,8 +73,14 @@ class Bench:
         self.options, self.work = options, work
 
     @functools.cached_property
+    def environments(self) -> list[Environment]:
+        pairs = zip(self.options.python, self.options.torch, strict=True)
+        return [Environment(self.work, *pair) for pair in pairs]
+
+    @property
     def environment(self) -> Environment:
-        return Environment(self.work, self.options.python[0], self.options.torch[0])
+        """The one that builds."""
+        return self.environments[0]
 
     def checkout(self, name: str) -> Path:
         """The tracked files alone, as a clone has them."""
@@ -89,11 +95,21 @@ class Bench:
 
     @functools.cached_property
     def wheel(self) -> Path:
-        self.environment.pip(
-            "wheel", "--no-deps", "-w", self.work / "wheel", self.checkout("wheel"), env=NO_NVCC
-        )
-        (wheel,) = (self.work / "wheel").glob("*.whl")
+        return self.wheel_of(self.checkout("wheel"), self.work / "wheel")
+
+    def wheel_of(self, source: Path, folder: Path) -> Path:
+        """Built from a checkout or an sdist."""
+        self.environment.pip("wheel", "--no-deps", "-w", folder, source, env=NO_NVCC)
+        (wheel,) = folder.glob("*.whl")
         return wheel
+
+    def check_everywhere(self, wheel: Path) -> None:
+        """One wheel for every Python and torch: nothing is built again."""
+        assert "-py3-none-" in wheel.name, wheel.name
+        for environment in self.environments:
+            environment.pip("install", wheel)
+            environment.check("cannot", NO_NVCC)
+            environment.remove()
 
 
 def install_and_check(bench: Bench, name: str, state: str, env: dict[str, str], *how: str) -> Path:
@@ -107,6 +123,7 @@ def install_and_check(bench: Bench, name: str, state: str, env: dict[str, str], 
 @case
 def plain(bench: Bench) -> None:
     install_and_check(bench, "plain", "cannot", NO_NVCC)
+    bench.environment.check("would build")
     bench.environment.remove()
 
 
@@ -117,6 +134,7 @@ def editable(bench: Bench) -> None:
         file.write('\nEDITED = "yes"\n')
     command = "import flashomni; print(flashomni.EDITED)"
     assert "yes" in run(bench.environment.python, "-c", command, cwd=bench.work)
+    bench.environment.check("would build")
     bench.environment.remove()
 
 
@@ -128,14 +146,15 @@ def aot(bench: Bench) -> None:
 
 @case
 def aot_editable(bench: Bench) -> None:
-    install_and_check(bench, "aot-editable", "installed", AOT, "-e")
+    install_and_check(bench, "aot-editable", "installed", {**AOT, "FLASHOMNI_CUDA_ARCHS": "90a"}, "-e")
     bench.environment.remove()
 
 
 @case
 def aot_no_nvcc(bench: Bench) -> None:
-    message = "The CUDA backend needs nvcc 13.0 or newer"
-    bench.environment.pip("install", bench.checkout("aot-no-nvcc"), env={**AOT, **NO_NVCC}, fails=message)
+    checkout, message = bench.checkout("aot-no-nvcc"), "The CUDA backend needs nvcc 13.0 or newer"
+    for how in ((), ("-e",)):
+        bench.environment.pip("install", *how, checkout, env={**AOT, **NO_NVCC}, fails=message)
 
 
 @case
@@ -152,24 +171,12 @@ def sdist(bench: Bench) -> None:
     run(tool / "bin" / "python", "-m", "pip", "install", "-q", "build")
     run(tool / "bin" / "python", "-m", "build", "--sdist", "-o", folder, bench.checkout("sdist"))
     (archive,) = folder.glob("*.tar.gz")
-    bench.environment.pip("wheel", "--no-deps", "-w", folder, archive, env=NO_NVCC)
-    (wheel,) = folder.glob("*.whl")
-    bench.environment.pip("install", wheel)
-    bench.environment.check("any")
-    bench.environment.remove()
+    bench.check_everywhere(bench.wheel_of(archive, folder))
 
 
 @case
 def wheel(bench: Bench) -> None:
-    options = bench.options
-    assert "-py3-none-" in bench.wheel.name, bench.wheel.name
-    environments = [
-        Environment(bench.work, *pair) for pair in zip(options.python, options.torch, strict=True)
-    ]
-    for environment in environments:
-        environment.pip("install", bench.wheel)
-        environment.check("cannot", NO_NVCC)
-        environment.remove()
+    bench.check_everywhere(bench.wheel)
 
 
 @case

@@ -33,6 +33,4 @@ def test_example_on_a_gpu(name) -> None:
         "3",
     ]
     run = subprocess.run(command, capture_output=True, text=True)
-    if "expected an operator that the backend" in run.stderr:
-        pytest.skip(run.stderr.strip().splitlines()[-1])
     assert run.returncode == 0, run.stderr
