@@ -351,6 +351,16 @@ def test_cross_attention_follows_in_all_runs() -> None:
     torch.compiler.reset()
 
 
+def test_memory_of_a_model_without_memory_counts_what_follows() -> None:
+    pipe, shape = pipeline(), {"image_tokens": 168, "text_tokens": 20}
+    settings = config(cross_attention="follow", mlp="follow", policy="drift")
+    want = flashomni.memory(settings, pipe, **shape)
+    dense = flashomni.memory(config(mlp="follow", policy="drift"), pipe, **shape)
+    assert want.total > dense.total
+    pipe.transformer.to("meta")
+    assert flashomni.memory(settings, pipe, **shape) == want
+
+
 def test_cross_attention_to_a_picture_follows() -> None:
     """Image to video: keys of the picture stand before those of 512 tokens of text."""
     model = transformer(in_channels=12, image_dim=8, added_kv_proj_dim=128)

@@ -202,11 +202,14 @@ def feed_forward_scratch(
     return found
 
 
+def _is_for_weights(reason: str) -> bool:
+    """Whether a module falls back for where its weights are now: on the meta device, perhaps not for long."""
+    return "weight that is no plain" in reason
+
+
 def _will_be_fused(layer: Layer, name: str) -> bool:
-    """Whether a feed-forward runs as two products; that its weights may be on the meta device now is no
-    reason why not."""
-    notes = [note for note in layer.fallbacks if note.split()[0] == name]
-    return all("weight that is no plain" in note for note in notes)
+    """Whether a feed-forward runs as two products, once its weights are in memory."""
+    return all(_is_for_weights(note) for note in layer.fallbacks if note.split()[0] == name)
 
 
 def followers(layer: Layer, rows: int) -> dict[str, tuple[str, int, int]]:
@@ -216,7 +219,8 @@ def followers(layer: Layer, rows: int) -> dict[str, tuple[str, int, int]]:
     if names and _will_be_fused(layer, names[0]):
         features = part(layer.block, names[0]).net[2].out_features
         found["mlp"] = ("feed_forward", rows, features)
-    if layer.cross_can_follow:
+    crosses = layer.spec.cross_attention is not None
+    if crosses and (layer.cross_refusal is None or _is_for_weights(layer.cross_refusal)):
         features = part(layer.block, f"{layer.spec.cross_attention}.to_out.0").out_features
         found["cross_attention"] = ("cross_attention", rows, features)
     return found
