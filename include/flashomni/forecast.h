@@ -12,22 +12,32 @@ namespace flashomni {
 /// Finite differences at an Update: new[0] = feature, new[i + 1] = (new[i] - old[i]) / gap for i < valid, 0
 /// above. derivatives[i]: feature's shape, old in, new out; `orders` = D + 1 of them. `valid` <= orders - 1
 /// says how many differences the history supports (0 at the first Update).
+///
+/// With scales (of every order or of none), the derivatives are what quantize_fp8 makes: the old ones are
+/// read so, each new one goes on to the next before it is quantised.
 struct TaylorUpdateArguments {
   TensorView feature;
   int32_t orders = 1;
-  std::array<TensorView, kMaxOrder + 1> derivatives;
+  std::array<TensorView, kMaxOrder + 1> derivatives, scales;
   int32_t valid = 0;
   float gap = 1;
 };
 FLASHOMNI_API void taylor_update(const TaylorUpdateArguments& arguments, const Context& context);
 
+/// Which rows of a joint sequence are forecast: those of row blocks whose bit is 0, or 1.
+enum class ForecastRows : int32_t { kAll, kCached, kActive };
+
 /// out = sum_i coefficients[i] * derivatives[i]; coefficients float32 [orders].
 ///
-/// With scales (of every order or of none), the derivatives are what quantize_fp8 made of them.
+/// With scales (of every order or of none), the derivatives are what quantize_fp8 made of them. Unless `rows`
+/// is kAll, tensors are [B, M, N], `tiles` have one head, and the other rows of `out` stay as they were;
+/// nothing of these rows is read.
 struct TaylorForecastArguments {
   int32_t orders = 1;
   std::array<TensorView, kMaxOrder + 1> derivatives, scales;
   TensorView coefficients, out;
+  TileSymbols tiles;
+  ForecastRows rows = ForecastRows::kAll;
 };
 FLASHOMNI_API void taylor_forecast(const TaylorForecastArguments& arguments, const Context& context);
 

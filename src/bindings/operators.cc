@@ -218,13 +218,15 @@ int64_t norm_rope_mean(Tensor x, OptionalTensor weight, OptionalTensor cos, Opti
 }
 
 int64_t taylor_update(Tensor feature, Tensor derivative, OptionalTensor derivative1,
-                      OptionalTensor derivative2, OptionalTensor derivative3, double gap, int64_t valid,
-                      OptionalTensor workspace, int64_t threads) {
+                      OptionalTensor derivative2, OptionalTensor derivative3, OptionalTensor scale,
+                      OptionalTensor scale1, OptionalTensor scale2, OptionalTensor scale3, double gap,
+                      int64_t valid, OptionalTensor workspace, int64_t threads) {
   return guarded([&] {
     TaylorUpdateArguments arguments;
     arguments.feature = view(feature, "feature");
     arguments.orders =
         view_all({derivative, derivative1, derivative2, derivative3}, "derivatives", &arguments.derivatives);
+    view_all({scale, scale1, scale2, scale3}, "scales", &arguments.scales);
     arguments.gap = static_cast<float>(gap);
     arguments.valid = narrow(valid, "valid");
     return run_within(arguments, make_context(feature, threads), workspace,
@@ -234,7 +236,9 @@ int64_t taylor_update(Tensor feature, Tensor derivative, OptionalTensor derivati
 
 int64_t taylor_forecast(Tensor derivative, OptionalTensor derivative1, OptionalTensor derivative2,
                         OptionalTensor derivative3, OptionalTensor scale, OptionalTensor scale1,
-                        OptionalTensor scale2, OptionalTensor scale3, Tensor coefficients, Tensor out,
+                        OptionalTensor scale2, OptionalTensor scale3, Tensor coefficients,
+                        OptionalTensor cache, OptionalTensor cache_indptr, Tensor out, int64_t heads,
+                        int64_t tokens, int64_t row_offset, int64_t block_q, int64_t rows,
                         OptionalTensor workspace, int64_t threads) {
   return guarded([&] {
     TaylorForecastArguments arguments;
@@ -243,6 +247,8 @@ int64_t taylor_forecast(Tensor derivative, OptionalTensor derivative1, OptionalT
     view_all({scale, scale1, scale2, scale3}, "scales", &arguments.scales);
     arguments.coefficients = view(coefficients, "coefficients");
     arguments.out = view(out, "out");
+    arguments.tiles = tile_symbols(cache, cache_indptr, heads, tokens, row_offset, block_q);
+    arguments.rows = static_cast<ForecastRows>(narrow(rows, "rows"));
     return run_within(arguments, make_context(derivative, threads), workspace,
                       &no_workspace<TaylorForecastArguments>, &flashomni::taylor_forecast);
   });

@@ -37,10 +37,50 @@ void check_scales(const TensorView& scales, const char* name, TensorView x) {
   check_like(scales, name, x, DType::kFloat32);
 }
 
+/// The orders of a difference or forecast: of one shape; float16, bfloat16 or float32 without scales, e4m3's
+/// bytes with them, which every order has or none.
+void check_scaled(const std::array<TensorView, kMaxOrder + 1>& derivatives,
+                  const std::array<TensorView, kMaxOrder + 1>& scales, int32_t orders, DType dtype,
+                  const TensorView& like) {
+  const bool scaled = scales[0].present();
+  for (int i = 0; i < orders; ++i) {
+    check_like(derivatives[i], kDerivatives[i], like, scaled ? DType::kUInt8 : dtype);
+    if (scaled) {
+      check_scales(scales[i], kScales[i], derivatives[i]);
+    } else if (scales[i].present()) {
+      fail(ErrorKind::kType, kScales[0], "a tensor, as another order has scales", "nothing");
+    }
+  }
+}
+
 void check_orders(int32_t orders) {
   if (orders < 1 || orders > kMaxOrder + 1) {
     fail(ErrorKind::kValue, "orders", text("1 to ", kMaxOrder + 1), text(orders));
   }
+}
+
+/// What order i writes, beside the feature and what orders below write.
+void check_written(const TaylorUpdateArguments& a, const TensorView& view, const char* name, int order) {
+  check::output(view, name);
+  check::disjoint(view, name, a.feature, "feature");
+  for (int i = 0; i < order; ++i) {
+    check::disjoint(view, name, a.derivatives[i], kDerivatives[i]);
+    check::disjoint(view, name, a.scales[i], kScales[i]);
+  }
+}
+
+/// Where some rows are forecast and others left out.
+void check_rows(const TaylorForecastArguments& a) {
+  check::at_least(a.tiles.row_offset, 0, "row_offset");
+  if (a.rows == ForecastRows::kAll) return;
+  if (a.rows != ForecastRows::kCached && a.rows != ForecastRows::kActive) {
+    fail(ErrorKind::kValue, "rows", "all, cached or active", text(static_cast<int>(a.rows)));
+  }
+  if (a.out.ndim != 3) fail(ErrorKind::kValue, "out", "[B, M, N], as its rows have symbols", describe(a.out));
+  if (a.tiles.heads != 1) fail(ErrorKind::kValue, "heads", "1: one bit a row block", text(a.tiles.heads));
+  check::tiles(a.tiles, a.out.size(0), a.out.size(1), a.out.device, "out");
+  check::disjoint(a.out, "out", a.tiles.cache, "symbols.cache");
+  check::disjoint(a.out, "out", a.tiles.cache_indptr, "symbols.cache_indptr");
 }
 
 }  // namespace
@@ -49,12 +89,13 @@ void taylor_update(const TaylorUpdateArguments& a, const Context& context) {
   check_orders(a.orders);
   check::float_tensor(a.feature, "feature");
   check_like(a.feature, "feature", a.feature);
+  check_scaled(a.derivatives, a.scales, a.orders, a.feature.dtype, a.feature);
   for (int i = 0; i < a.orders; ++i) {
-    check_like(a.derivatives[i], kDerivatives[i], a.feature);
-    check::output(a.derivatives[i], kDerivatives[i]);
-    check::disjoint(a.derivatives[i], kDerivatives[i], a.feature, "feature");
-    for (int j = 0; j < i; ++j)
-      check::disjoint(a.derivatives[i], kDerivatives[i], a.derivatives[j], kDerivatives[j]);
+    check_written(a, a.derivatives[i], kDerivatives[i], i);
+    if (a.scales[i].present()) {
+      check_written(a, a.scales[i], kScales[i], i);
+      check::disjoint(a.scales[i], kScales[i], a.derivatives[i], kDerivatives[i]);
+    }
   }
   if (a.valid < 0 || a.valid >= a.orders) {
     fail(ErrorKind::kValue, "valid", text("0 to ", a.orders - 1), text(a.valid));
@@ -81,16 +122,12 @@ void taylor_forecast(const TaylorForecastArguments& a, const Context& context) {
   check_like(out, "out", first, scaled ? out.dtype : first.dtype);
   check::output(out, "out");
   check::disjoint(out, "out", a.coefficients, "coefficients");
+  check_scaled(a.derivatives, a.scales, a.orders, first.dtype, first);
   for (int i = 0; i < a.orders; ++i) {
-    check_like(a.derivatives[i], kDerivatives[i], first);
     check::disjoint(out, "out", a.derivatives[i], kDerivatives[i]);
-    if (scaled) {
-      check_scales(a.scales[i], kScales[i], first);
-      check::disjoint(out, "out", a.scales[i], kScales[i]);
-    } else if (a.scales[i].present()) {
-      fail(ErrorKind::kType, kScales[0], "a tensor, as another order has scales", "nothing");
-    }
+    check::disjoint(out, "out", a.scales[i], kScales[i]);
   }
+  check_rows(a);
   check::threads(context);
   const Backend& backend = backend_for(out.device);
   if (out.numel() > 0) backend.taylor_forecast(a, context);

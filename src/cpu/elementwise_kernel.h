@@ -125,41 +125,37 @@ inline void for_runs(const TensorView& view, int threads, F&& f) {
   }
 }
 
-template <class T>
-inline void taylor_update_as(const TaylorUpdateArguments& a, int threads) {
-  const float per_step = 1.0f / a.gap;
-  for_runs(a.feature, threads, [&](int64_t row, int64_t column, int64_t n) {
-    float now[kRun], old[kRun];
-    to_floats(flat_row<const T>(a.feature, row) + column, now, n);
-    for (int32_t i = 0; i < a.orders; ++i) {
-      T* derivative = flat_row<T>(a.derivatives[i], row) + column;
-      const bool more = i < a.valid;  // otherwise what is there is no history
-      if (more) to_floats(derivative, old, n);
-      from_floats(now, derivative, n);
-      for (int64_t j = 0; j < n; ++j) now[j] = more ? (now[j] - old[j]) * per_step : 0.0f;
-    }
-  });
+/// Where columns from `column` on of a quantised tensor's row lie; column is a multiple of kScaleColumns.
+template <class Value, class Scale>
+struct QuantisedRun {
+  Value* values;
+  Scale* scales;
+
+  QuantisedRun(const TensorView& all_values, const TensorView& all_scales, int64_t row, int64_t column)
+      : values(flat_row<Value>(all_values, row) + column),
+        scales(flat_row<Scale>(all_scales, row) + column / kScaleColumns) {
+    static_assert(kRun % kScaleColumns == 0);
+  }
+};
+
+inline void dequantise(const QuantisedRun<const E4M3, const float>& from, float* x, int64_t n) {
+  for (int64_t first = 0; first < n; first += kScaleColumns) {
+    const float scale = from.scales[first / kScaleColumns];
+    const int64_t end = at_most(first + kScaleColumns, n);
+    for (int64_t j = first; j < end; ++j) x[j] = scale * to_float(from.values[j]);
+  }
 }
 
-template <class T>
-inline void forecast_fp8_as(const TaylorForecastArguments& a, int threads) {
-  const float* coefficients = static_cast<const float*>(a.coefficients.data);
-  for_runs(a.out, threads, [&](int64_t row, int64_t column, int64_t n) {
-    static_assert(kRun % kScaleColumns == 0);
-    float sum[kRun] = {};
-    for (int32_t i = 0; i < a.orders; ++i) {
-      const float c = coefficients[a.coefficients.strides[0] * i];
-      if (c == 0.0f) continue;  // an order without history may hold anything
-      const E4M3* values = flat_row<const E4M3>(a.derivatives[i], row) + column;
-      const float* scales = flat_row<const float>(a.scales[i], row) + column / kScaleColumns;
-      for (int64_t first = 0; first < n; first += kScaleColumns) {
-        const float scale = scales[first / kScaleColumns];
-        const int64_t end = at_most(first + kScaleColumns, n);
-        for (int64_t j = first; j < end; ++j) sum[j] += c * (scale * to_float(values[j]));
-      }
-    }
-    from_floats(sum, flat_row<T>(a.out, row) + column, n);
-  });
+inline void quantise(const float* x, const QuantisedRun<E4M3, float>& to, int64_t n) {
+  for (int64_t first = 0; first < n; first += kScaleColumns) {
+    const int64_t end = at_most(first + kScaleColumns, n);
+    float most = 0;
+    for (int64_t j = first; j < end; ++j) most = __builtin_fabsf(x[j]) > most ? __builtin_fabsf(x[j]) : most;
+    if (most < 0x1p-100f) most = 0;
+    const float inverse = most > 0 ? 448.0f / most : 0.0f;
+    to.scales[first / kScaleColumns] = most / 448.0f;
+    for (int64_t j = first; j < end; ++j) from_float(x[j] * inverse, to.values[j]);
+  }
 }
 
 template <class T>
@@ -167,33 +163,82 @@ inline void quantize_fp8_as(const QuantizeArguments& a, int threads) {
   for_runs(a.x, threads, [&](int64_t row, int64_t column, int64_t n) {
     float x[kRun];
     to_floats(flat_row<const T>(a.x, row) + column, x, n);
-    E4M3* values = flat_row<E4M3>(a.values, row) + column;
-    float* scales = flat_row<float>(a.scales, row) + column / kScaleColumns;
-    for (int64_t first = 0; first < n; first += kScaleColumns) {
-      const int64_t end = at_most(first + kScaleColumns, n);
-      float most = 0;
-      for (int64_t j = first; j < end; ++j)
-        most = __builtin_fabsf(x[j]) > most ? __builtin_fabsf(x[j]) : most;
-      if (most < 0x1p-100f) most = 0;
-      const float inverse = most > 0 ? 448.0f / most : 0.0f;
-      scales[first / kScaleColumns] = most / 448.0f;
-      for (int64_t j = first; j < end; ++j) from_float(x[j] * inverse, values[j]);
+    quantise(x, {a.values, a.scales, row, column}, n);
+  });
+}
+
+/// read(i, row, column, n, to) gives what is kept of order i, write(i, row, column, n, from) keeps it.
+template <class T, class Read, class Write>
+inline void take_differences(const TaylorUpdateArguments& a, int threads, Read&& read, Write&& write) {
+  const float per_step = 1.0f / a.gap;
+  for_runs(a.feature, threads, [&](int64_t row, int64_t column, int64_t n) {
+    float now[kRun], old[kRun];
+    to_floats(flat_row<const T>(a.feature, row) + column, now, n);
+    for (int32_t i = 0; i < a.orders; ++i) {
+      const bool more = i < a.valid;  // otherwise what is there is no history
+      if (more) read(i, row, column, n, old);
+      write(i, row, column, n, now);
+      for (int64_t j = 0; j < n; ++j) now[j] = more ? (now[j] - old[j]) * per_step : 0.0f;
     }
   });
 }
 
 template <class T>
-inline void taylor_forecast_as(const TaylorForecastArguments& a, int threads) {
+inline void taylor_update_as(const TaylorUpdateArguments& a, int threads) {
+  if (a.scales[0].ndim >= 0) {
+    return take_differences<T>(
+        a, threads,
+        [&](int32_t i, int64_t row, int64_t column, int64_t n, float* to) {
+          dequantise({a.derivatives[i], a.scales[i], row, column}, to, n);
+        },
+        [&](int32_t i, int64_t row, int64_t column, int64_t n, const float* from) {
+          quantise(from, {a.derivatives[i], a.scales[i], row, column}, n);
+        });
+  }
+  take_differences<T>(
+      a, threads,
+      [&](int32_t i, int64_t row, int64_t column, int64_t n, float* to) {
+        to_floats(flat_row<const T>(a.derivatives[i], row) + column, to, n);
+      },
+      [&](int32_t i, int64_t row, int64_t column, int64_t n, const float* from) {
+        from_floats(from, flat_row<T>(a.derivatives[i], row) + column, n);
+      });
+}
+
+/// Whether row `row` of all [B * M] is forecast.
+inline bool is_forecast(const TaylorForecastArguments& a, int64_t row) {
+  if (a.rows == ForecastRows::kAll) return true;
+  const int64_t tokens = a.out.shape[1], position = a.tiles.row_offset + row % tokens;
+  const uint8_t* bits = element_bytes(a.tiles.cache, a.tiles.cache_indptr, row / tokens);
+  return bit_at(bits, position / a.tiles.block_q) == (a.rows == ForecastRows::kActive);
+}
+
+/// read(i, row, column, n, to) gives what is kept of order i.
+template <class T, class Read>
+inline void add_orders(const TaylorForecastArguments& a, int threads, Read&& read) {
   const float* coefficients = static_cast<const float*>(a.coefficients.data);
   for_runs(a.out, threads, [&](int64_t row, int64_t column, int64_t n) {
+    if (!is_forecast(a, row)) return;
     float sum[kRun] = {}, term[kRun];
     for (int32_t i = 0; i < a.orders; ++i) {
       const float c = coefficients[a.coefficients.strides[0] * i];
       if (c == 0.0f) continue;  // an order without history may hold anything
-      to_floats(flat_row<const T>(a.derivatives[i], row) + column, term, n);
+      read(i, row, column, n, term);
       for (int64_t j = 0; j < n; ++j) sum[j] += c * term[j];
     }
     from_floats(sum, flat_row<T>(a.out, row) + column, n);
+  });
+}
+
+template <class T>
+inline void taylor_forecast_as(const TaylorForecastArguments& a, int threads) {
+  if (a.scales[0].ndim >= 0) {
+    return add_orders<T>(a, threads, [&](int32_t i, int64_t row, int64_t column, int64_t n, float* to) {
+      dequantise({a.derivatives[i], a.scales[i], row, column}, to, n);
+    });
+  }
+  add_orders<T>(a, threads, [&](int32_t i, int64_t row, int64_t column, int64_t n, float* to) {
+    to_floats(flat_row<const T>(a.derivatives[i], row) + column, to, n);
   });
 }
 
@@ -208,10 +253,8 @@ inline void taylor_update(const TaylorUpdateArguments& a, int threads) {
             [&](auto* t) { taylor_update_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
 }
 inline void taylor_forecast(const TaylorForecastArguments& a, int threads) {
-  with_type(a.out.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    a.scales[0].ndim >= 0 ? forecast_fp8_as<T>(a, threads) : taylor_forecast_as<T>(a, threads);
-  });
+  with_type(a.out.dtype,
+            [&](auto* t) { taylor_forecast_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
 }
 inline void quantize_fp8(const QuantizeArguments& a, int threads) {
   with_type(a.x.dtype, [&](auto* t) { quantize_fp8_as<std::remove_pointer_t<decltype(t)>>(a, threads); });

@@ -138,6 +138,94 @@ TEST_P(ElementwiseTest, TaylorForecastIsTheSum) {
   }
 }
 
+TEST_P(ElementwiseTest, TaylorForecastOfSomeRowsLeavesTheOthers) {
+  Random random(98);
+  for (int trial = 0; trial < 24; ++trial) {
+    const DType dtype = kTypes[trial % 3];
+    const int32_t orders = 1 + trial % 4;
+    const int64_t rows = uniform(random, 1, 300), width = uniform(random, 1, 300),
+                  offset = uniform(random, 0, 200);
+    SymbolGeometry g;
+    g.q_tokens = offset + rows + uniform(random, 0, 99), g.kv_tokens = 1, g.heads = 1;
+    g.block_q = g.block_kv = trial % 2 ? 64 : 128;
+    const Masks masks =
+        Masks::random(g, 2, std::vector<double>{0, 0.5, 1}[static_cast<size_t>(trial % 3)], 1, random);
+    const Array coefficients = Array::random(DType::kFloat32, {orders}, random);
+    Array out = Array::random(dtype, {2, rows, width}, random, 1, 8);
+    const Array before = out;
+    std::vector<Array> derivatives;
+    TaylorForecastArguments a;
+    for (int i = 0; i < orders; ++i) derivatives.push_back(Array::random(dtype, {2, rows, width}, random));
+    for (int i = 0; i < orders; ++i) a.derivatives[i] = derivatives[static_cast<size_t>(i)];
+    a.orders = orders, a.coefficients = coefficients, a.out = out;
+    a.rows = trial % 4 < 2 ? ForecastRows::kCached : ForecastRows::kActive;
+    a.tiles.cache = masks.cache_bits, a.tiles.tokens = g.q_tokens, a.tiles.row_offset = offset,
+    a.tiles.block_q = g.block_q;
+    taylor_forecast(a, Context{});
+    for (int64_t b = 0; b < 2; ++b) {
+      for (int64_t t = 0; t < rows; ++t) {
+        const bool active = masks.active(b, 0, (offset + t) / g.block_q);
+        for (int64_t d = 0; d < width; ++d) {
+          if (active != (a.rows == ForecastRows::kActive)) {
+            ASSERT_EQ(out(b, t, d), before(b, t, d)) << "a row that was left out was written";
+            continue;
+          }
+          testing::Sum sum;
+          for (int i = 0; i < orders; ++i)
+            sum.add(coefficients(i) * derivatives[static_cast<size_t>(i)](b, t, d));
+          ASSERT_NEAR(out(b, t, d), sum.value, testing::tolerance(dtype, sum.value, sum.magnitude, 4));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(ElementwiseTest, DifferencesOfQuantisedAreThoseOfFloatsQuantised) {
+  Random random(99);
+  for (int trial = 0; trial < 24; ++trial) {
+    const int32_t orders = 1 + trial % 4, valid = static_cast<int32_t>(uniform(random, 0, orders - 1));
+    const int64_t rows = uniform(random, 1, 20), width = uniform(random, 1, 600);
+    const std::vector<int64_t> shape = {2, rows, width},
+                               scales_shape = {2, rows, ceil_div(width, kScaleColumns)};
+    const Array feature = Array::random(DType::kFloat32, shape, random, 1, 8), one = [] {
+      Array ones(DType::kFloat32, {1});
+      ones.set(1, 0);
+      return ones;
+    }();
+    std::vector<Array> values, scales, floats;
+    TaylorUpdateArguments plain;
+    plain.feature = feature, plain.orders = orders, plain.valid = valid,
+    plain.gap = static_cast<float>(uniform(random, 1, 6));
+    TaylorUpdateArguments quantised = plain;
+    for (size_t i = 0; i < static_cast<size_t>(orders); ++i) {
+      values.emplace_back(DType::kUInt8, shape, 3), scales.emplace_back(DType::kFloat32, scales_shape, 1);
+      floats.emplace_back(DType::kFloat32, shape);
+      QuantizeArguments q;
+      const Array x = Array::random(DType::kFloat32, shape, random);
+      q.x = x, q.values = values[i], q.scales = scales[i];
+      quantize_fp8(q, Context{});
+      TaylorForecastArguments read;
+      read.derivatives[0] = values[i], read.scales[0] = scales[i], read.coefficients = one,
+      read.out = floats[i];
+      taylor_forecast(read, Context{});
+    }
+    for (size_t i = 0; i < static_cast<size_t>(orders); ++i) {
+      plain.derivatives[i] = floats[i];
+      quantised.derivatives[i] = values[i], quantised.scales[i] = scales[i];
+    }
+    taylor_update(plain, Context{});
+    taylor_update(quantised, Context{});
+    for (size_t i = 0; i < static_cast<size_t>(orders); ++i) {
+      Array expected(DType::kUInt8, shape, 3), expected_scales(DType::kFloat32, scales_shape, 1);
+      QuantizeArguments q;
+      q.x = floats[i], q.values = expected, q.scales = expected_scales;
+      quantize_fp8(q, Context{});
+      ASSERT_EQ(scales[i].values(), expected_scales.values()) << "order " << i << ", valid " << valid;
+      ASSERT_EQ(values[i].values(), expected.values()) << "order " << i << ", valid " << valid;
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Isa, ElementwiseTest, ::testing::ValuesIn(testing::instruction_sets()),
                          [](const auto& info) { return info.param; });
 

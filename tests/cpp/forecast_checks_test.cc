@@ -39,6 +39,67 @@ TEST(ForecastChecks, Update) {
   EXPECT_NO_THROW(taylor_update(a, Context{}));
 }
 
+TEST(ForecastChecks, UpdateOfQuantised) {
+  using A = TaylorUpdateArguments;
+  Array feature(kHalf, {40, 200}), first(DType::kUInt8, {40, 200}), second(DType::kUInt8, {40, 200}),
+      scales(kSingle, {40, 2}), more(kSingle, {40, 2});
+  A a;
+  a.feature = feature, a.orders = 2, a.derivatives[0] = first, a.derivatives[1] = second,
+  a.scales[0] = scales, a.scales[1] = more, a.valid = 1, a.gap = 5;
+  std::vector<Fault<A>> faults = {
+      {"derivatives[0]", T, [](A& v) { v.scales[0] = {}; }},
+      {"derivatives[0]", V, [](A& v) { v.derivatives[0].data = v.feature.data; }},
+      {"derivatives[1]", V, [](A& v) { v.derivatives[1] = v.derivatives[0]; }},
+      {"derivatives[1]", V, [](A& v) { v.scales[0].data = v.derivatives[1].data; }},
+      {"scales[0]", V, [](A& v) { v.scales[0].data = v.derivatives[0].data; }},
+      {"scales[0]", V, [](A& v) { v.scales[0].data = v.feature.data; }},
+      {"scales[1]", V, [](A& v) { v.scales[1] = v.scales[0]; }},
+      {"scales[1]", V, [](A& v) { v.scales[1].data = v.derivatives[0].data; }},
+      {"scales[1]", V, [](A& v) { v.scales[1].strides[0] = 0; }},
+      {"valid", V, [](A& v) { v.valid = 2; }},
+      {"gap", V, [](A& v) { v.gap = 0; }},
+  };
+  const std::vector<std::pair<const char*, std::function<TensorView&(A&)>>> tensors = {
+      {"derivatives[1]", [](A& v) -> TensorView& { return v.derivatives[1]; }},
+      {"scales[1]", [](A& v) -> TensorView& { return v.scales[1]; }}};
+  for (const auto& tensor : tensors) {
+    add_tensor_faults<A>(&faults, tensor.first, tensor.second, true);
+    add_device_fault<A>(&faults, tensor.first, tensor.second);
+  }
+  expect_faults<A>(a, faults, [](const A& v) { taylor_update(v, Context{}); });
+  Array plain(kHalf, {40, 200}), other(kHalf, {40, 200});
+  a.derivatives[0] = plain, a.derivatives[1] = other, a.scales[0] = {};
+  EXPECT_THROW(taylor_update(a, Context{}), Error);  // scales of one order alone
+}
+
+TEST(ForecastChecks, ForecastOfRows) {
+  using A = TaylorForecastArguments;
+  Array first(kHalf, {2, 40, 96}), out(kHalf, {2, 40, 96}), coefficients(kSingle, {1}),
+      cache(DType::kUInt8, {2, 2});
+  A a;
+  a.derivatives[0] = first, a.coefficients = coefficients, a.out = out, a.rows = ForecastRows::kCached;
+  a.tiles.cache = cache, a.tiles.tokens = 1100, a.tiles.row_offset = 1060;
+  std::vector<Fault<A>> faults = {
+      {"rows", V, [](A& v) { v.rows = static_cast<ForecastRows>(3); }},
+      {"rows", V, [](A& v) { v.rows = static_cast<ForecastRows>(-1); }},
+      {"heads", V, [](A& v) { v.tiles.heads = 2; }},
+      {"row_offset", V, [](A& v) { v.tiles.row_offset = -1; }},
+      {"row_offset", V, [](A& v) { v.tiles.row_offset = 1061; }},
+      {"tokens", V, [](A& v) { v.tiles.tokens = -1; }},
+      {"block_q", V, [](A& v) { v.tiles.block_q = 96; }},
+      {"symbols.cache", V, [](A& v) { v.tiles.tokens = 2100; }},
+      {"out", V, [](A& v) { v.out.ndim = v.derivatives[0].ndim = 2; }},
+      {"out", V, [](A& v) { v.tiles.cache.data = v.out.data; }},
+  };
+  const auto cache_of = [](A& v) -> TensorView& { return v.tiles.cache; };
+  add_tensor_faults<A>(&faults, "symbols.cache", cache_of, false);
+  add_device_fault<A>(&faults, "symbols.cache", cache_of);
+  expect_faults<A>(a, faults, [](const A& v) { taylor_forecast(v, Context{}); });
+  a.rows = ForecastRows::kAll, a.tiles = {};
+  a.tiles.row_offset = -1;
+  EXPECT_THROW(taylor_forecast(a, Context{}), Error);
+}
+
 TEST(ForecastChecks, Forecast) {
   using A = TaylorForecastArguments;
   Array first(kHalf, {40, 96}), second(kHalf, {40, 96}), out(kHalf, {40, 96}), coefficients(kSingle, {2});

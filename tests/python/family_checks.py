@@ -6,13 +6,16 @@ A test of a family brings `run(pipe, steps)`, which draws with fixed noise and e
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
+import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import flashomni
 from flashomni import Config
+from flashomni.engine.kept import forecast
 from flashomni.policies import RandomPolicy
 
 # Dense against dense in float32: another order of summation in a few layers, fed back through the steps.
@@ -44,6 +47,34 @@ def lively(model: nn.Module) -> nn.Module:
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_rows_left_out(monkeypatch: pytest.MonkeyPatch, run: Callable[[], torch.Tensor]) -> None:
+    """run()'s bits are those of forecasts of all rows, whatever is in the rows that forecasts leave out."""
+    shares: list[float] = []
+
+    def all_rows(kept, coefficients, out, symbols=None, **which) -> torch.Tensor:
+        return forecast(kept, coefficients, out)
+
+    def some_rows(kept, coefficients, out, symbols=None, **which) -> torch.Tensor:
+        out.fill_(float("nan"))
+        forecast(kept, coefficients, out, symbols, **which)
+        if symbols is not None:
+            active = symbols.masks()[0][:, 0].repeat_interleave(symbols.block_q, 1)
+            active = active[:, which["row_offset"] :][:, : out.shape[1]]
+            forecast_rows = active if which["rows"] == "active" else ~active
+            assert torch.equal(~out.isnan().all(-1), forecast_rows)
+            shares.append(float(forecast_rows.float().mean()))
+        return out
+
+    results = []
+    for replacement in (all_rows, some_rows):
+        with monkeypatch.context() as patch:
+            for name in ("follow", "layer"):  # one is a function's name too
+                patch.setattr(import_module(f"flashomni.engine.{name}"), "forecast", replacement)
+            results.append(run())
+    assert torch.equal(*results)
+    assert any(0 < share < 1 for share in shares)
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -107,6 +107,13 @@ def symbols() -> int:
             one = torch.ones(1, device="cuda")
             again = taylor_forecast([values], one, torch.empty_like(rows), [scales])
             assert torch.allclose(again.float(), rows.float(), rtol=0.07, atol=0.05)
+            taylor_update(rows, [values, values.clone()], gap=1, valid=1, scales=[scales, scales.clone()])
+            bits = SparseSymbols(summary[0], None, 2, 1, tokens, tokens, *block)
+            active = cache.any(1).repeat_interleave(block[0], 1)[:, :tokens, None]
+            for kept, scale in ((rows, None), (values, [scales])):
+                some = torch.zeros_like(rows)
+                taylor_forecast([kept], one, some, scale, bits, rows="active")
+                assert torch.equal(some.any(-1, keepdim=True), active)
             forecast = taylor_forecast(history, torch.tensor([1.0, 1.0], device="cuda"))
             assert torch.allclose(forecast.float(), (k + (k - q) / 2).float(), atol=0.1)
             problems += 1

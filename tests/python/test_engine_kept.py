@@ -10,7 +10,8 @@ from test_engine_device import BySign, GraphedToy, device_decides, twins  # noqa
 from torch import nn
 
 from flashomni.engine import layer
-from flashomni.engine.kept import Kept
+from flashomni.engine.buffers import Buffers
+from flashomni.engine.kept import Kept, Traffic, differences, update
 from flashomni.policies import RandomPolicy
 
 FP8, HOST = {"cache_dtype": "float8_e4m3"}, {"history": "host"}
@@ -60,6 +61,30 @@ def test_e4m3_rounds_what_is_kept_and_nothing_else(order: int, monkeypatch) -> N
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, first.run(steps), strict=True)]
     kinds = [plan.kind for plan in fp8.engine.plans]
     assert all((error == 0) == (kind != "dispatch") for error, kind in zip(errors, kinds, strict=True))
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_an_update_keeps_the_differences(fp8: bool, where: str) -> None:
+    """Bit by bit what goes through scratch, as float32 rounds nothing there; on the device it needs none."""
+    buffers = [Buffers(), Buffers()]
+    traffic = Traffic() if where == "host" else None
+    like = torch.empty(2, 50, 300)
+    first, second = (
+        [Kept(f"kept {i}", tuple(like.shape), like, own, fp8=fp8, traffic=traffic) for i in range(3)]
+        for own in buffers
+    )
+    for step in range(4):
+        feature, valid = torch.randn(like.shape), min(step, 2)
+        for one in (*first, *second):
+            one.prefetch()
+        update(first[: valid + 1], feature, gap=3, valid=valid)
+        tensors = differences(second[: valid + 1], feature, gap=3, valid=valid)
+        assert torch.equal(tensors[0], feature)
+        for a, b in zip(first, second, strict=True):
+            for part, wanted in zip(a.parts, b.parts, strict=True):
+                assert torch.equal(part.view(torch.uint8), wanted.view(torch.uint8))
+    assert bool(list(buffers[0].tensors())) == (where == "host")
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -19,6 +19,7 @@ from family_checks import (
     ROUNDING,
     check_forecast_rows,
     check_nothing_reused_is_dense,
+    check_rows_left_out,
     check_sparse_runs,
     config,
     error,
@@ -349,6 +350,20 @@ def test_cross_attention_follows_in_all_runs() -> None:
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert torch.equal(draw(pipe, 9), first)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("cache_dtype", ["model", "float8_e4m3"])
+def test_rows_of_cross_attention_that_are_computed_are_not_forecast(cache_dtype: str, monkeypatch) -> None:
+    pipe = pipeline()
+
+    def run() -> torch.Tensor:
+        settings = config(cross_attention="follow", mlp="follow", cache_dtype=cache_dtype)
+        flashomni.enable(pipe, settings, policy=OddRows())
+        latents = draw(pipe, 9)
+        flashomni.disable(pipe)
+        return latents
+
+    check_rows_left_out(monkeypatch, run)
 
 
 def test_memory_of_a_model_without_memory_counts_what_follows() -> None:

@@ -7,7 +7,7 @@ import test_family_cogvideox as cogvideox
 import test_family_pixart as pixart
 import test_family_sd3 as sd3
 import torch
-from family_checks import ROUNDING, check_forecast_rows, config, error
+from family_checks import ROUNDING, check_forecast_rows, check_rows_left_out, config, error
 from flux_models import draw as draw_flux
 from flux_models import tiny_pipeline
 from graph_stand_in import StandIn
@@ -78,6 +78,21 @@ def test_cached_rows_are_forecast_and_others_computed(name: str, order: int, cac
     check_forecast_rows(steps, active, order, tolerance)
 
 
+@pytest.mark.parametrize("cache_dtype", ["model", "float8_e4m3"])
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_are_computed_are_not_forecast(name: str, cache_dtype: str, monkeypatch) -> None:
+    make, draw, _, _ = MODELS[name]
+    pipe, settings = make(), config(mlp="follow", cache_dtype=cache_dtype)
+
+    def run() -> torch.Tensor:
+        flashomni.enable(pipe, settings, policy=OddRows())
+        latents = draw(pipe, 9)
+        flashomni.disable(pipe)
+        return latents
+
+    check_rows_left_out(monkeypatch, run)
+
+
 def test_memory() -> None:
     for name in ("text last", "one for both", "no text"):
         make, draw, _, _ = MODELS[name]
@@ -87,10 +102,8 @@ def test_memory() -> None:
             flashomni.enable(pipe, settings)
             draw(pipe, 9)
             assert said.by_kind == flashomni.stats(pipe).bytes_held
-            assert (
-                said.total
-                > flashomni.memory(config(policy="drift"), pipe, image_tokens=168, text_tokens=20).total
-            )
+            alone = config(policy="drift", cache_dtype=cache_dtype)
+            assert said.total > flashomni.memory(alone, pipe, image_tokens=168, text_tokens=20).total
 
 
 def test_runs_of_other_lengths_and_shapes_need_nothing() -> None:

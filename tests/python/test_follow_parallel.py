@@ -12,7 +12,15 @@ import test_family_chroma as chroma
 import test_family_flux2 as flux2
 import test_family_hunyuan_video as hunyuan
 import torch
-from family_checks import ROUNDING, check_forecast_rows, config, denoise, error, lively
+from family_checks import (
+    ROUNDING,
+    check_forecast_rows,
+    check_rows_left_out,
+    config,
+    denoise,
+    error,
+    lively,
+)
 from flux_models import draw as draw_flux
 from flux_models import tiny_pipeline
 from graph_stand_in import StandIn
@@ -136,6 +144,22 @@ def test_cached_rows_are_forecast_and_others_computed(name: str, order: int, kep
     draw(pipe, 11)
     active = active_rows(engine, steps[0][1].shape[1])
     check_forecast_rows(steps, active, order, 0.1 if "cache_dtype" in kept else 1e-5)
+
+
+@pytest.mark.parametrize("kept", [{}, {"cache_dtype": "float8_e4m3"}], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_are_computed_are_not_forecast(name: str, kept: dict, monkeypatch) -> None:
+    """Nor are the projection's caches in e4m3 read in rows that are."""
+    make, draw, _ = MODELS[name]
+    pipe = make()
+
+    def run() -> torch.Tensor:
+        enable(pipe, config(mlp="follow", **kept), policy=OddRows())
+        latents = draw(pipe, 9)
+        flashomni.disable(model_of(pipe))
+        return latents
+
+    check_rows_left_out(monkeypatch, run)
 
 
 def test_rows_that_are_forecast_are_not_multiplied() -> None:

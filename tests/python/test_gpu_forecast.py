@@ -7,8 +7,9 @@ import random
 import pytest
 import reference
 import torch
+from inputs import random_symbols, set_padding, token_mask
 
-from flashomni import taylor_forecast, taylor_update
+from flashomni import quantize_fp8, taylor_forecast, taylor_update
 from flashomni.schedule import coefficients
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +62,78 @@ def test_random_shapes(dtype: torch.dtype, order: int) -> None:
         taylor_forecast(new, factors.cuda(), out)
         reference.assert_close(out.cpu() / 16, wanted / 16, dtype, f"forecast of {shape}")
         assert neighbours_are_untouched(out, paddings[-1]), (shape, paddings)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "e4m3"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_random_rows(dtype: torch.dtype, fp8: bool) -> None:
+    """What is left out stays to the bit, and is not read: over all densities, blocks and offsets."""
+    rng = random.Random(0)
+    for seed in range(120):
+        generator = torch.Generator().manual_seed(seed)
+        widths = [1, 7, 64, 129, 300, 1536]
+        shape = [rng.choice(sizes) for sizes in ([1, 2, 3], [1, 63, 64, 200, 333], widths)]
+        order, offset, block = rng.randint(0, 3), rng.choice([0, 5, 64, 77, 300]), rng.choice([64, 128])
+        tokens = offset + shape[1] + rng.choice([0, 1, 150])
+        density = rng.choice([0.0, 0.3, 0.7, 1.0])
+        symbols = random_symbols(generator, shape[0], 1, tokens, 1, (block, 64), density)
+        set_padding(symbols)
+        active = token_mask(symbols.masks()[0], shape[1], block, offset).expand(shape)
+        if seed % 3 == 0:
+            ends = torch.arange(shape[0] + 1, dtype=torch.int32) * symbols.cache_bytes
+            symbols.cache, symbols.cache_indptr = symbols.cache.flatten(), ends
+        chosen = rng.choice(["cached", "active"])
+        forecast = active if chosen == "active" else ~active
+        paddings = [rng.choice([0, 8, 3]) for _ in range(3)]
+        factors = torch.randn(order + 1, generator=generator)
+        expected, values, scales = torch.zeros(shape, dtype=torch.float64), [], []
+        for factor in factors:
+            x = torch.randn(shape, generator=generator).to(dtype)
+            if fp8:
+                x, scale = quantize_fp8(x)
+                exact = x.double() * scale.double().repeat_interleave(128, -1)[..., : shape[-1]]
+                scale[~forecast[..., :1].expand(scale.shape)] = NAN
+                scales.append(tensor(scale, paddings[0]))
+                wide = torch.full((*shape[:-1], shape[-1] + paddings[1]), 0x7F, dtype=torch.uint8).cuda()
+                part = wide[..., : shape[-1]]
+                part.copy_(x.view(torch.uint8).masked_fill(~forecast, 0x7F))
+                values.append(part.view(torch.float8_e4m3fn))
+            else:
+                exact = x.double()
+                values.append(tensor(x.masked_fill(~forecast, NAN), paddings[1]))
+            expected += float(factor) * exact
+        out = tensor(torch.full(shape, NAN, dtype=dtype), paddings[2])
+        arguments = {"row_offset": offset, "rows": chosen}
+        taylor_forecast(values, factors.cuda(), out, scales or None, symbols.to("cuda"), **arguments)
+        got, what = out.cpu(), f"{shape} from {offset}, {chosen} of {density}"
+        reference.assert_close(got[forecast] / 16, expected[forecast] / 16, dtype, what)
+        assert bool(got[~forecast].isnan().all()), what
+        assert neighbours_are_untouched(out, paddings[2]), what
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "e4m3"])
+def test_a_graph_follows_the_symbols(fp8: bool) -> None:
+    x, one = torch.randn(2, 1000, 96, device="cuda").bfloat16(), torch.ones(1, device="cuda")
+    symbols = random_symbols(torch.Generator().manual_seed(0), 2, 1, 1100, 1).to("cuda")
+    values, scales = quantize_fp8(x) if fp8 else (x, None)
+    out = torch.empty_like(x)
+
+    def run(to: torch.Tensor) -> torch.Tensor:
+        given = None if scales is None else [scales]
+        return taylor_forecast([values], one, to, given, symbols, row_offset=77, rows="active")
+
+    run(out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(out)
+    for seed in range(3):
+        new = random_symbols(torch.Generator().manual_seed(seed), 2, 1, 1100, 1, cache_density=seed / 2)
+        symbols.cache.copy_(new.cache)
+        out.fill_(0)
+        graph.replay()
+        assert torch.equal(out, run(torch.zeros_like(out)))
+        active = token_mask(new.masks()[0], 1000, 128, 77).cuda().squeeze(-1)
+        assert torch.equal(out.any(-1), active)
 
 
 def test_the_gpu_and_the_cpu_agree_to_the_last_bit_in_differences() -> None:

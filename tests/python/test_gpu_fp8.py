@@ -1,4 +1,4 @@
-"""quantize_fp8 and forecasts of what it makes on the GPU: the CPU's bits, float64, graphs."""
+"""quantize_fp8, differences and forecasts of what it makes on the GPU: the CPU's bits, float64, graphs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 
-from flashomni import quantize_fp8, taylor_forecast
+from flashomni import quantize_fp8, taylor_forecast, taylor_update
 
 pytestmark = pytest.mark.gpu
 
@@ -51,6 +51,41 @@ def test_the_cpus_bits_and_forecasts_in_float64(dtype: torch.dtype) -> None:
         reference.assert_close(out.cpu() / 32, expected / 32, dtype, f"forecast of {shape}")
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_cpus_bits_in_differences(dtype: torch.dtype) -> None:
+    rng = random.Random(1)
+    for seed in range(120):
+        torch.manual_seed(seed)
+        shape = [rng.choice([1, 2, 3, 17]) for _ in range(rng.randint(0, 3))]
+        shape.append(rng.choice([1, 7, 64, 127, 128, 129, 300, 1536]))
+        order, paddings = rng.randint(0, 3), [rng.choice([0, 8, 3]) for _ in range(3)]
+        valid, gap = rng.randint(0, order), rng.choice([1.0, 3.0, 5.0])
+        feature, *before = (
+            (torch.randn(shape) * torch.randn(shape).exp()).to(dtype) for _ in range(order + 2)
+        )
+        if seed % 10 == 0:
+            feature.view(-1)[0] = rng.choice([float("nan"), float("inf")])
+        made = [quantize_fp8(x) for x in before]
+        for values, scales in made[valid:]:  # what is no history must not be read
+            values.view(torch.uint8).fill_(0x7F)
+            scales.fill_(float("nan"))
+        there = [
+            (
+                apart(values.view(torch.uint8), paddings[0]).view(torch.float8_e4m3fn),
+                apart(scales, paddings[1]),
+            )
+            for values, scales in made
+        ]
+        for kept, x in ((made, feature), (there, apart(feature, paddings[2]))):
+            values, scales = zip(*kept, strict=True)
+            taylor_update(x, values, gap=gap, valid=valid, scales=scales)
+        for i, (wanted, got) in enumerate(zip(made, there, strict=True)):
+            what = f"derivatives[{i}] of {shape}, {valid} valid"
+            values = [part.cpu().float().nan_to_num(999) for part, _ in (wanted, got)]
+            assert torch.equal(*values), what
+            torch.testing.assert_close(got[1].cpu(), wanted[1], rtol=0, atol=0, equal_nan=True, msg=what)
+
+
 def test_what_is_no_number_is_told() -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         x = torch.ones(2, 256, dtype=torch.bfloat16)
@@ -69,7 +104,7 @@ def test_a_graph_follows_its_inputs() -> None:
     taylor_forecast([values], factors, out, [scales])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        quantize_fp8(x, values, scales)
+        taylor_update(x, [values], gap=1, valid=0, scales=[scales])
         taylor_forecast([values], factors, out, [scales])
     x.copy_(torch.randn_like(x))
     factors.fill_(0.5)

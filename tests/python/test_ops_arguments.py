@@ -113,9 +113,11 @@ def taylor_update_arguments() -> dict[str, Any]:
 
 def taylor_forecast_arguments() -> dict[str, Any]:
     return {
-        "derivatives": [torch.randn(3, 40) for _ in range(2)],
+        "derivatives": [torch.randn(3, 40, 30) for _ in range(2)],
         "coefficients": torch.ones(2),
-        "out": poison(3, 40, dtype=torch.float32),
+        "out": poison(3, 40, 30, dtype=torch.float32),
+        "symbols": SparseSymbols.ones(3, 1, 90, 90),
+        "row_offset": 50,
     }
 
 
@@ -162,11 +164,11 @@ def written(arguments: dict[str, Any]) -> list[torch.Tensor]:
     ]
 
 
-def wrong_bytes(part: str, size: int) -> SparseSymbols:
+def wrong_bytes(part: str, size: int, batch: int = 1, heads: int = HEADS) -> SparseSymbols:
     """Symbols whose bits are `size` bytes too many: made so after the object's own check."""
-    symbols = SparseSymbols.ones(1, HEADS, TOKENS, TOKENS)
+    symbols = SparseSymbols.ones(batch, heads, TOKENS, TOKENS)
     bits = getattr(symbols, part)
-    setattr(symbols, part, torch.ones(1, bits.shape[1] + size, dtype=torch.uint8))
+    setattr(symbols, part, torch.ones(batch, bits.shape[1] + size, dtype=torch.uint8))
     return symbols
 
 
@@ -312,8 +314,21 @@ BAD = [
     ("taylor_update", {"derivatives": [ones(3, 40), ones(3, 41)]}, ValueError, r"^derivatives\[1\]: "),
     ("taylor_update", {"gap": 0, "valid": 1}, ValueError, "^gap: "),
     ("taylor_update", {"valid": 2}, ValueError, "^valid: expected 0 to 1, got 2"),
+    ("taylor_update", {"scales": [ones(3, 1)]}, ValueError, "^scales: expected 2 to 2"),
+    ("taylor_update", {"scales": [ones(3, 1)] * 2}, TypeError, "^derivatives: expected float8_e4m3fn"),
     ("taylor_forecast", {"coefficients": ones(1)}, ValueError, "^coefficients: "),
-    ("taylor_forecast", {"out": ones(3, 39)}, ValueError, "^out: |^derivatives"),
+    ("taylor_forecast", {"derivatives": [ones(3, 40)]}, ValueError, r"^derivatives: expected \[B, M, N\]"),
+    ("taylor_forecast", {"symbols": ones(3)}, TypeError, "^symbols: expected SparseSymbols"),
+    ("taylor_forecast", {"rows": "all"}, ValueError, '^rows: expected "cached" or "active", got '),
+    ("taylor_forecast", {"row_offset": -1}, ValueError, "^row_offset: expected at least 0, got -1"),
+    ("taylor_forecast", {"row_offset": 1.5}, TypeError, "^row_offset: expected an integer"),
+    ("taylor_forecast", {"symbols": None, "row_offset": -1}, ValueError, "^row_offset: expected at least 0"),
+    ("taylor_forecast", {"row_offset": 51}, ValueError, "^row_offset: .*90"),
+    ("taylor_forecast", {"symbols": ONES(2, 2, 90, 90)}, ValueError, "^symbols.heads: expected 1 .*, got 2"),
+    ("taylor_forecast", {"symbols": ONES(1, 1, 90, 90)}, ValueError, "^symbols.batch: expected 3 .*, got 1"),
+    ("taylor_forecast", {"symbols": ONES(3, 1, 89, 89)}, ValueError, "^row_offset: .*89"),
+    ("taylor_forecast", {"symbols": wrong_bytes("cache", 1, 3, 1)}, ValueError, "^symbols.cache: .*1.*2"),
+    ("taylor_forecast", {"out": ones(3, 40, 29)}, ValueError, "^out: "),
     ("quantize_fp8", {"x": ones(3, 201)}, ValueError, "^values: "),
     ("quantize_fp8", {"x": ones(3, 200).int()}, TypeError, "^x: "),
     ("quantize_fp8", {"values": ones(3, 200)}, TypeError, "^values: expected float8_e4m3fn"),

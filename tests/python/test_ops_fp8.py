@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import DTYPES, poison, random
 
-from flashomni import quantize_fp8, taylor_forecast
+from flashomni import quantize_fp8, taylor_forecast, taylor_update
 
 COLUMNS = 128
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.sampled_from([1, 7, 127, 128, 129, 300, 512]))
@@ -98,6 +98,85 @@ def test_forecast(seed, shape, order, dtype) -> None:
     values, scales = zip(*made, strict=True)
     assert taylor_forecast(values, factors, out, scales) is out
     reference.assert_close(out / 8, expected / 8, dtype)
+
+
+def read(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return values.double() * spread_scales(scales, values.shape[-1])
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=shapes,
+    order=st.integers(0, 3),
+    valid=st.integers(0, 3),
+    gap=st.sampled_from([1.0, 2.0, 5.0]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_differences(seed, shape, order, valid, gap, dtype) -> None:
+    """Each is within half a step of e4m3 of the exact one: of the feature and of what was kept."""
+    valid = min(valid, order)
+    generator = torch.Generator().manual_seed(seed)
+    feature = random(generator, *shape, dtype=dtype)
+    made = [quantize_fp8(random(generator, *shape, dtype=dtype)) for _ in range(order + 1)]
+    exact = [feature.double()]
+    for i in range(order):
+        old = read(*made[i])
+        exact.append((exact[i] - old) / gap if i < valid else torch.zeros(shape, dtype=torch.float64))
+    for values, scales in made[valid:]:  # what is no history must not be read
+        values.view(torch.uint8).fill_(0x7F)
+        scales.fill_(float("nan"))
+    values, scales = zip(*made, strict=True)
+    taylor_update(feature, values, gap=gap, valid=valid, scales=scales)
+    for i, (found, scale) in enumerate(made):
+        for run, one in zip(exact[i].split(COLUMNS, -1), scale.unbind(-1), strict=True):
+            torch.testing.assert_close(one.double(), run.abs().amax(-1) / 448, rtol=1e-4, atol=1e-6)
+        # Four bits of a number and a tie; below the smallest normal number 2^-6, steps of 2^-9.
+        step = torch.maximum(exact[i].abs() / 16, spread_scales(scale, shape[-1]) / 1024)
+        error = (read(found, scale) - exact[i]).abs()
+        assert (error <= 1.001 * step + 1e-5).all(), f"derivatives[{i}]"
+
+
+@pytest.mark.parametrize("valid", [0, 1, 2, 3])
+def test_differences_are_quantised_and_nothing_else_is_rounded(valid: int) -> None:
+    """The bits of float32 differences put through quantize_fp8, at odd widths, strides and magnitudes."""
+    generator = torch.Generator().manual_seed(valid)
+    for width in (1, 100, 128, 129, 700):
+        shape = (2, 9, width)
+        size = torch.exp(3 * random(generator, 2, 9, 1))
+        feature = torch.full((2, 9, width + 5), float("nan"))[..., 2 : 2 + width]
+        feature.copy_(size * random(generator, *shape))
+        values = [torch.zeros(2, 9, width + 3, dtype=torch.float8_e4m3fn)[..., :width] for _ in range(4)]
+        scales = [torch.zeros(2, 9, 11)[..., 1 : 1 + math.ceil(width / COLUMNS)] for _ in range(4)]
+        for value, scale in zip(values, scales, strict=True):
+            quantize_fp8(size * random(generator, *shape), value, scale)
+        plain = [
+            taylor_forecast([value], torch.ones(1), torch.empty(shape), [scale])
+            for value, scale in zip(values, scales, strict=True)
+        ]
+        taylor_update(feature, plain, gap=3, valid=valid)
+        taylor_update(feature, values, gap=3, valid=valid, scales=scales)
+        for value, scale, difference in zip(values, scales, plain, strict=True):
+            expected = quantize_fp8(difference)
+            assert torch.equal(value.view(torch.uint8), expected[0].view(torch.uint8))
+            assert torch.equal(scale, expected[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_differences_tell_what_is_no_number(bad: float) -> None:
+    """In the feature, then in what was kept of it: the run of an infinity, or the one NaN, in every order."""
+    feature = torch.ones(2, 256)
+    made = [quantize_fp8(torch.zeros(2, 256)) for _ in range(3)]
+    values, scales = zip(*made, strict=True)
+    feature[1, 130] = bad
+    lost = torch.zeros(2, 256, dtype=torch.bool)
+    lost[1, 128 if bad == float("inf") else 130 : 256 if bad == float("inf") else 131] = True
+    taylor_update(feature, values, gap=1, valid=2, scales=scales)
+    for one in made:
+        assert torch.equal(read(*one).isnan(), lost)
+    taylor_update(torch.ones(2, 256), values, gap=1, valid=2, scales=scales)
+    assert not read(*made[0]).isnan().any()
+    for one in made[1:]:
+        assert torch.equal(read(*one).isnan(), lost)
 
 
 def test_views() -> None:

@@ -84,8 +84,11 @@ def samples() -> dict[str, tuple]:
             *(q, torch.ones(DIM), table, table, torch.zeros(1, 5, HEADS, DIM), torch.zeros(1, 5, HEADS)),
             *(1e-6, 0, TOKENS, 64),
         ),
-        "taylor_update": (torch.randn(3, 50), [torch.randn(3, 50) for _ in range(3)], 5.0, 1),
-        "taylor_forecast": ([torch.randn(3, 50) for _ in range(3)], [], torch.ones(3), torch.zeros(3, 50)),
+        "taylor_update": (torch.randn(3, 50), [torch.randn(3, 50) for _ in range(3)], [], 5.0, 1),
+        "taylor_forecast": (
+            *([torch.randn(1, 150, 50) for _ in range(3)], [], torch.ones(3)),
+            *(torch.full((1, 1), 2, dtype=torch.uint8), None, torch.zeros(1, 150, 50), 1, 150, 0, 128, 1),
+        ),
         "quantize_fp8": (torch.randn(3, 150), torch.zeros(3, 150, dtype=torch.uint8), torch.zeros(3, 2)),
         "packbits": (bits, True),
         "segment_packbits": (bits, torch.tensor([0, 9, 20], dtype=torch.int32), False),
@@ -177,6 +180,26 @@ def test_compile_has_no_break_and_agrees(backend: str) -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_compiled_differences_in_e4m3_and_forecasts_of_rows() -> None:
+    symbols = SparseSymbols.from_masks(torch.tensor([[[True, False]]]), None, q_tokens=200, kv_tokens=1)
+
+    def step(x, values, scales, out):
+        flashomni.taylor_update(x, values, gap=2.0, valid=1, scales=scales)
+        return flashomni.taylor_forecast(values, torch.ones(2), out, scales, symbols, row_offset=20) + 1
+
+    torch.manual_seed(0)
+    x, kept = torch.randn(1, 180, 200), [flashomni.quantize_fp8(torch.randn(1, 180, 200)) for _ in range(2)]
+    torch._dynamo.reset()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        values, scales = ([part.clone() for part in parts] for parts in zip(*kept, strict=True))
+        results.append((function(x, values, scales, torch.zeros_like(x)), *values, *scales))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine.float(), theirs.float())
+    active = (results[0][0] == 1).all(-1)[0]
+    assert bool(active[:108].all()) and not bool(active[108:].any())
+
+
 def test_compile_with_other_lengths_needs_no_break() -> None:
     def attend(q, k, v, s):
         return flashomni.sparse_attention(q, k, v, s)
@@ -237,7 +260,7 @@ def test_the_schemas_tell_what_is_written() -> None:
         "summarize_symbols": {"rows", "shares", "awake"},
         "norm_rope": {"x"},
         "norm_rope_mean": {"x", "mean", "similarity"},
-        "taylor_update": {"derivatives"},
+        "taylor_update": {"derivatives", "scales"},
         "taylor_forecast": {"out"},
         "quantize_fp8": {"values", "scales"},
         "packbits": set(),

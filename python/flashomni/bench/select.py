@@ -65,6 +65,7 @@ def select_arms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -
 def forecast_arms(like: torch.Tensor) -> dict[str, tuple[float, Callable]]:
     """By name: how many tensors are moved, and the arm."""
     fp8 = (1 + 4 / 128) / like.itemsize  # of a tensor
+    feature, half = like.flatten(2), half_of_the_rows(like)
     arms: dict[str, tuple[float, Callable]] = {}
     for order in ORDERS:
         derivatives = [torch.randn_like(like) for _ in range(order + 1)]
@@ -84,9 +85,32 @@ def forecast_arms(like: torch.Tensor) -> dict[str, tuple[float, Callable]]:
             1 + (1 + order) * fp8,
             lambda v=values, s=scales, c=coefficients, o=rows: ops.taylor_forecast(v, c, o, s),
         )
-    values, scales = ops.quantize_fp8(like.flatten(2))
-    arms["quantize_fp8"] = (1 + fp8, lambda: ops.quantize_fp8(like.flatten(2), values, scales))
+        flat = [d.flatten(2) for d in derivatives]
+        arms[f"taylor_forecast of half the rows D={order}"] = (
+            (2 + order) / 2,
+            lambda d=flat, c=coefficients, o=rows: ops.taylor_forecast(d, c, o, None, half),
+        )
+        arms[f"taylor_forecast of fp8, half the rows D={order}"] = (
+            (1 + (1 + order) * fp8) / 2,
+            lambda v=values, s=scales, c=coefficients, o=rows: ops.taylor_forecast(v, c, o, s, half),
+        )
+        updated = [[tensor.clone() for tensor in tensors] for tensors in (values, scales)]
+        arms[f"taylor_update of fp8 D={order}"] = (
+            1 + (1 + 2 * order) * fp8,
+            lambda v=updated[0], s=updated[1], n=order: ops.taylor_update(
+                feature, v, gap=4, valid=n, scales=s
+            ),
+        )
+    values, scales = ops.quantize_fp8(feature)
+    arms["quantize_fp8"] = (1 + fp8, lambda: ops.quantize_fp8(feature, values, scales))
     return arms
+
+
+def half_of_the_rows(like: torch.Tensor) -> SparseSymbols:
+    """Every second row block of [B, M, ..] is cached, for all heads."""
+    batch, tokens = like.shape[:2]
+    cache = torch.arange(-(-tokens // 128), device=like.device) % 2 == 1
+    return SparseSymbols.from_masks(cache.expand(batch, 1, -1), None, q_tokens=tokens, kv_tokens=tokens)
 
 
 @torch.inference_mode()

@@ -9,8 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flashomni import ops
-from flashomni.engine.kept import Kept, forecast
+from flashomni.engine.kept import Kept, forecast, update
 from flashomni.symbols import SparseSymbols
 
 Compute = Callable[[SparseSymbols | None, Tensor | None], Tensor]
@@ -28,12 +27,13 @@ class Followed:
         self.orders, self.recorded_step = orders, engine.index
 
 
-def follow(engine, layer: int, name: str, compute: Compute) -> Tensor:
+def follow(engine, layer: int, name: str, compute: Compute, *, start: int) -> Tensor:
     """What follows the attention `layer` of the pass at hand by the name `name`: a feed-forward or
     cross-attention after it; "output": its own projection together with the MLP beside it.
 
-    compute(rows, out) does it on the active rows (None: all) into `out` (None: a new tensor), returned.
-    An Update keeps all of the result; a Dispatch forecasts all of it and computes the active rows anew.
+    compute(rows, out) does it on the active rows (None: all) into `out` (None: a new tensor), returned; its
+    rows begin at row `start` of the joint sequence. An Update keeps all of the result; a Dispatch forecasts
+    the cached rows and computes the active ones anew.
     """
     state = engine.contexts.get(engine.context, layer)
     followed = state.followed.setdefault(name, Followed())
@@ -41,7 +41,8 @@ def follow(engine, layer: int, name: str, compute: Compute) -> Tensor:
         kept = followed.kept[: followed.orders]
         out = torch.empty(kept[0].shape, dtype=kept[0].like.dtype, device=kept[0].like.device)
         with engine.ledger("forecast"):
-            forecast(kept, state.coefficients(engine, followed.orders), out)
+            coefficients = state.coefficients(engine, followed.orders)
+            forecast(kept, coefficients, out, state.rows, row_offset=start, rows="cached")
         return compute(state.rows, out)
     out = compute(None, None)
     if state.done in ("update", "record"):
@@ -58,11 +59,7 @@ def _record(engine, state, followed: Followed, name: str, out: Tensor) -> None:
     while len(followed.kept) <= engine.config.max_order:
         scratch = f"{name} {len(followed.kept)}"
         followed.kept.append(Kept(scratch, tuple(out.shape), out, engine.buffers, fp8=fp8))
-    kept = followed.kept[: valid + 1]
     with engine.ledger("forecast"):
-        tensors = [one.read() if i < valid else one.space() for i, one in enumerate(kept)]
-        ops.taylor_update(out, tensors, gap=float(gap), valid=valid)
-        for one, tensor in zip(kept, tensors, strict=True):
-            one.keep(tensor)
+        update(followed.kept[: valid + 1], out, gap=gap, valid=valid)
     orders = 1 if state.reuse_all else valid + 1
     engine.journal.now(partial(followed.note_recorded, engine, orders))

@@ -11,6 +11,7 @@ from torch import Tensor
 from flashomni import ops
 from flashomni.engine.buffers import Buffers, new_zeros
 from flashomni.ops.forecast import scales_shape
+from flashomni.symbols import SparseSymbols
 
 
 class Traffic:
@@ -121,13 +122,45 @@ class Kept:
             self.traffic.copy(self.parts, here)
 
 
-def forecast(kept: Sequence[Kept], coefficients: Tensor, out: Tensor) -> Tensor:
-    """out = sum_i coefficients[i] kept[i], all kept alike and on the device by now."""
+def update(kept: Sequence[Kept], feature: Tensor, *, gap: int, valid: int) -> None:
+    """Keeps the differences of `feature`, see ops.taylor_update; all kept alike, what is on the host after
+    prefetch()."""
+    if kept[0].fp8 and not kept[0].on_host:
+        values, scales = zip(*(one.parts for one in kept), strict=True)
+        ops.taylor_update(feature, values, gap=float(gap), valid=valid, scales=scales)
+    else:
+        differences(kept, feature, gap=gap, valid=valid)
+
+
+def differences(
+    kept: Sequence[Kept], feature: Tensor, *, gap: int, valid: int, more: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """The same for who needs the differences too, as they are before e4m3: in scratch, and in `more` those of
+    higher orders, which nobody keeps."""
+    tensors = [one.read() if i < valid else one.space() for i, one in enumerate(kept)]
+    tensors.extend(more)
+    ops.taylor_update(feature, tensors, gap=float(gap), valid=valid)
+    for one, tensor in zip(kept, tensors, strict=False):
+        one.keep(tensor)
+    return tensors
+
+
+def forecast(
+    kept: Sequence[Kept],
+    coefficients: Tensor,
+    out: Tensor,
+    symbols: SparseSymbols | None = None,
+    **which: int | str,
+) -> Tensor:
+    """out = sum_i coefficients[i] kept[i], all kept alike and on the device by now.
+
+    symbols, which: on some row blocks alone, as ops.taylor_forecast takes them.
+    """
     parts = [one._here() for one in kept]
     if not kept[0].fp8:
-        return ops.taylor_forecast([part for (part,) in parts], coefficients, out)
+        return ops.taylor_forecast([part for (part,) in parts], coefficients, out, None, symbols, **which)
     values, scales = zip(*parts, strict=True)
-    return ops.taylor_forecast(values, coefficients, out, scales)
+    return ops.taylor_forecast(values, coefficients, out, scales, symbols, **which)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flashomni import ops
 from flashomni.engine.follow import follow
-from flashomni.engine.kept import Kept, forecast, unit
+from flashomni.engine.kept import Kept, differences, forecast, unit, update
 from flashomni.engine.linear import (
     add_product,
     apply_linear,
@@ -135,8 +135,12 @@ class LayerRun:
         """The outputs [B, rows, N], one a projection."""
         if self.a.past is None or self.engine.config.mlp != "follow" or self.keeps_o:
             return self._run()
-        out = follow(self.engine, self.a.layer, "output", lambda rows, out: self._run(rows, out)[0])
-        return [out]
+        (output,) = self.a.outputs
+
+        def compute(rows: SparseSymbols | None, out: Tensor | None) -> Tensor:
+            return self._run(rows, out)[0]
+
+        return [follow(self.engine, self.a.layer, "output", compute, start=output.start)]
 
     def _run(self, rows: SparseSymbols | None = None, into: Tensor | None = None) -> list[Tensor]:
         """The outputs; given `into` at a Dispatch, only the active `rows` of the one output, put there."""
@@ -276,7 +280,7 @@ class LayerRun:
         """Feeds O to the history; [O, ΔO, .. Δ^v O], v as far as the history goes (arXiv 2503.06923).
 
         The last difference is needed only while it is multiplied, so the layers share one buffer for it,
-        unless O itself has to be forecast. Without `keep` it is not even computed.
+        unless O itself has to be forecast. Without `keep` it is not even computed, and nothing is returned.
         """
         engine, state = self.engine, self.state
         order = engine.config.max_order
@@ -289,16 +293,15 @@ class LayerRun:
             state.history.append(self._keep(f"history {len(state.history)}", self.a.o, on_host))
         del state.history[persistent:]
         kept = state.history[: valid + 1]
-        shares_last = len(kept) < valid + 1 and keep
-        reads = len(kept) if shares_last else len(kept) - 1
+        derivatives: list[Tensor] = []
         with engine.ledger("forecast"):
-            derivatives = [one.read() if i < reads else one.space() for i, one in enumerate(kept)]
-            if shares_last:
-                shape = tuple(self.a.o.shape)
-                derivatives.append(engine.buffers.take("last_difference", shape, self.a.o))
-            ops.taylor_update(self.a.o, derivatives, gap=float(gap), valid=reads)
-            for one, tensor in zip(kept, derivatives, strict=False):
-                one.keep(tensor)
+            if keep:
+                more = []
+                if len(kept) == valid:
+                    more.append(engine.buffers.take("last_difference", tuple(self.a.o.shape), self.a.o))
+                derivatives = differences(kept, self.a.o, gap=gap, valid=valid, more=more)
+            else:
+                update(kept, self.a.o, gap=gap, valid=len(kept) - 1)
         engine.journal.now(partial(state.note_recorded, engine, valid + 1))
         return derivatives
 
@@ -343,13 +346,16 @@ class LayerRun:
     def _output_dispatch(self, i: int, coefficients: Tensor, into: Tensor | None) -> Tensor:
         """Given `into`, rows without an active head are left as they are there.
 
-        The kernel adds orders of the model's own dtype: what is kept in e4m3 is forecast before.
+        The kernel adds orders of the model's own dtype: what is kept in e4m3 is forecast before, on the rows
+        that it adds to.
         """
         engine, state, output = self.engine, self.state, self.a.outputs[i]
         kept = state.cached[i][: state.orders]
         if kept[0].fp8:
             with engine.ledger("forecast"):
-                products = [forecast(kept, coefficients, kept[0].space())]
+                rows = state.rows if into is not None else None
+                where = {"row_offset": output.start, "rows": "active"}
+                products = [forecast(kept, coefficients, kept[0].space(), rows, **where)]
             coefficients = unit(self.a.o.device)
         else:
             products = [one.read() for one in kept]

@@ -174,10 +174,4 @@ def _kept_scratch(config: Config, layer: LayerShape, itemsize: int) -> set[tuple
     if config.cache_dtype != "model" and not layer.keeps_o:
         products = [rows * features * itemsize for rows, features in layer.outputs]
         tensors |= {(f"product {i}", size) for i in range(order + 1) for size in products}
-    if config.cache_dtype != "model":
-        tensors |= {
-            (f"{name} {i}", rows * features * itemsize)
-            for name, rows, features in layer.following(config)
-            for i in range(order + 1)
-        }
     return tensors

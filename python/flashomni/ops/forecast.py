@@ -7,31 +7,49 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashomni.ops._dispatch import Native, define, expect_integer, no_result, orders
+from flashomni.ops._dispatch import (
+    Native,
+    define,
+    expect,
+    expect_dims,
+    expect_integer,
+    no_result,
+    orders,
+    tile_arguments,
+)
+from flashomni.symbols import SparseSymbols
 
 _ORDERS = 4
 SCALE_COLUMNS = 128  # of a row of a quantised tensor, that share a scale
+_ROWS = {"cached": 1, "active": 2}  # the native library's 0: all of them
 
-_UPDATE = Native("taylor_update", "feature, derivatives, derivatives?, derivatives?, derivatives?")
-_FORECAST = Native(
-    "taylor_forecast",
-    "derivatives, derivatives?, derivatives?, derivatives?, scales?, scales?, scales?, scales?, "
-    "coefficients, out?",
-)
+_KEPT = "derivatives, derivatives?, derivatives?, derivatives?, scales?, scales?, scales?, scales?"
+_UPDATE = Native("taylor_update", f"feature, {_KEPT}")
+_FORECAST = Native("taylor_forecast", f"{_KEPT}, coefficients, symbols.cache?, symbols.cache_indptr?, out?")
 _QUANTIZE = Native("quantize_fp8", "x, values?, scales?")
 
 
-def _call_update(feature: Tensor, derivatives: Sequence[Tensor], gap: float, valid: int) -> None:
-    padded = (*derivatives, *(None,) * (_ORDERS - len(derivatives)))
-    _UPDATE.invoke(feature, feature, *padded, gap, valid)
+def _padded(tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    return (*tensors, *(None,) * (_ORDERS - len(tensors)))
+
+
+def _call_update(
+    feature: Tensor, derivatives: Sequence[Tensor], scales: Sequence[Tensor], gap: float, valid: int
+) -> None:
+    _UPDATE.invoke(feature, feature, *_padded(derivatives), *_padded(scales), gap, valid)
 
 
 def _call_forecast(
-    derivatives: Sequence[Tensor], scales: Sequence[Tensor], coefficients: Tensor, out: Tensor
+    derivatives: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    coefficients: Tensor,
+    cache: Tensor | None,
+    cache_indptr: Tensor | None,
+    out: Tensor,
+    *numbers: int,
 ) -> None:
-    padded = (*derivatives, *(None,) * (_ORDERS - len(derivatives)))
-    padded_scales = (*scales, *(None,) * (_ORDERS - len(scales)))
-    _FORECAST.invoke(out, *padded, *padded_scales, coefficients, out)
+    kept = (*_padded(derivatives), *_padded(scales))
+    _FORECAST.invoke(out, *kept, coefficients, cache, cache_indptr, out, *numbers)
 
 
 def _call_quantize(x: Tensor, values: Tensor, scales: Tensor) -> None:
@@ -39,12 +57,15 @@ def _call_quantize(x: Tensor, values: Tensor, scales: Tensor) -> None:
 
 
 _update_operator = define(
-    "taylor_update(Tensor feature, Tensor(a!)[] derivatives, float gap, int valid) -> ()",
+    "taylor_update(Tensor feature, Tensor(a!)[] derivatives, Tensor(b!)[] scales, float gap, int valid) "
+    "-> ()",
     _call_update,
     no_result,
 )
 _forecast_operator = define(
-    "taylor_forecast(Tensor[] derivatives, Tensor[] scales, Tensor coefficients, Tensor(a!) out) -> ()",
+    "taylor_forecast(Tensor[] derivatives, Tensor[] scales, Tensor coefficients, Tensor? cache, "
+    "Tensor? cache_indptr, Tensor(a!) out, int heads, int tokens, int row_offset, int block_q, int rows) "
+    "-> ()",
     _call_forecast,
     no_result,
 )
@@ -53,19 +74,29 @@ _quantize_operator = define(
 )
 
 
-def taylor_update(feature: Tensor, derivatives: Sequence[Tensor], *, gap: float, valid: int) -> None:
+def taylor_update(
+    feature: Tensor,
+    derivatives: Sequence[Tensor],
+    *,
+    gap: float,
+    valid: int,
+    scales: Sequence[Tensor] | None = None,
+) -> None:
     """Finite differences at an Update.
 
     new[0] = feature; new[i + 1] = (new[i] - old[i]) / gap for i < valid, 0 above.
 
     derivatives: D + 1 tensors of feature's shape and dtype, D <= 3; old in, new out.
     gap: steps since the previous recorded step. valid: how many differences the history supports, 0 at first.
+    scales: where the derivatives are kept as quantize_fp8 makes them, one a derivative; old in, new out as
+        well. A difference is of the new[i] that has not been quantised yet.
 
     Raises ValueError or TypeError that names the argument, RuntimeError for tensors that require grad.
     """
-    direct = _UPDATE.is_direct((feature, *orders("derivatives", derivatives, 1, _ORDERS)))
+    parts, scaled, tensors = _kept(derivatives, scales)
+    direct = _UPDATE.is_direct((feature, *tensors))
     expect_integer("valid", valid)
-    (_call_update if direct else _update_operator)(feature, list(derivatives), gap, valid)
+    (_call_update if direct else _update_operator)(feature, parts, scaled, gap, valid)
 
 
 def taylor_forecast(
@@ -73,29 +104,64 @@ def taylor_forecast(
     coefficients: Tensor,
     out: Tensor | None = None,
     scales: Sequence[Tensor] | None = None,
+    symbols: SparseSymbols | None = None,
+    *,
+    row_offset: int = 0,
+    rows: str = "cached",
 ) -> Tensor:
-    """out = sum_i coefficients[i] * derivatives[i].
+    """out = sum_i coefficients[i] * derivatives[i], on all rows or on some row blocks' alone.
 
     derivatives: D + 1 tensors of one shape and dtype, D <= 3; coefficients: float32 [D + 1] on their device.
     scales: those of quantize_fp8, one a derivative, where the derivatives are its values; `out` must be given
         then.
+    symbols: with one head, whose cache bits say which row blocks are active. Tensors are [B, M, N] then, rows
+        row_offset..row_offset + M of the joint sequence that the symbols describe.
+    rows: which row blocks are forecast, "cached" or "active"; the rows of the others are not read, and stay
+        as they were in `out` (zero where this allocates it). Without symbols all rows are.
 
     Returns out. Raises ValueError or TypeError that names the argument, RuntimeError for tensors that require
     grad.
     """
-    all_derivatives = orders("derivatives", derivatives, 1, _ORDERS)
-    scaled = [] if scales is None else list(scales)
-    if scaled:
-        orders("scales", scaled, len(derivatives), len(derivatives))
-    all_scales = orders("scales", scaled, 0, _ORDERS)
-    direct = _FORECAST.is_direct((*all_derivatives, *all_scales, coefficients, out))
-    parts = [_bits(part) for part in derivatives] if scaled else list(derivatives)
+    if rows not in _ROWS:
+        raise ValueError(f'rows: expected "cached" or "active", got {rows!r}')
+    parts, scaled, tensors = _kept(derivatives, scales)
+    cache, cache_indptr = tile_arguments(symbols)
+    direct = _FORECAST.is_direct((*tensors, coefficients, cache, cache_indptr, out))
+    geometry = _geometry(symbols, derivatives[0], row_offset, rows)
     if out is None:
         if scaled:
             raise TypeError("out: expected a tensor, as the derivatives are quantised, got None")
-        out = torch.empty_like(derivatives[0], memory_format=torch.contiguous_format)
-    (_call_forecast if direct else _forecast_operator)(parts, scaled, coefficients, out)
+        make = torch.empty_like if symbols is None else torch.zeros_like
+        out = make(derivatives[0], memory_format=torch.contiguous_format)
+    (_call_forecast if direct else _forecast_operator)(
+        parts, scaled, coefficients, cache, cache_indptr, out, *geometry
+    )
     return out
+
+
+def _kept(
+    derivatives: Sequence[Tensor], scales: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor], tuple[Tensor | None, ...]]:
+    """(what the library takes of the derivatives, their scales, both as so many arguments)."""
+    all_derivatives = orders("derivatives", derivatives, 1, _ORDERS)
+    if scales is None:
+        return list(derivatives), [], (*all_derivatives, *(None,) * _ORDERS)
+    orders("scales", scales, len(derivatives), len(derivatives))
+    tensors = (*all_derivatives, *_padded(scales))
+    return [_bits(part) for part in derivatives], list(scales), tensors
+
+
+def _geometry(
+    symbols: SparseSymbols | None, x: Tensor, row_offset: int, rows: str
+) -> tuple[int, int, int, int, int]:
+    """(heads, tokens, row_offset, block_q) of the joint sequence that x's rows lie in, and which rows."""
+    expect_integer("row_offset", row_offset)
+    if symbols is None:
+        return 1, 0, row_offset, 128, 0
+    expect_dims("derivatives", x, "B, M, N")
+    expect("symbols.heads", "as a row block has one bit", symbols.heads, 1)
+    expect("symbols.batch", "as in the derivatives", symbols.batch, x.shape[0])
+    return 1, symbols.q_tokens, row_offset, symbols.block_q, _ROWS[rows]
 
 
 def quantize_fp8(

@@ -15,6 +15,11 @@ struct Bits {
   const int32_t* indptr;  // byte offsets, or null: element b starts at b * stride
   int64_t stride, size;   // bytes
 
+  __device__ bool bit(int b, int64_t bit) const {
+    if (bytes == nullptr) return true;
+    return bytes[(indptr != nullptr ? indptr[b] : b * stride) + (bit >> 3)] >> (bit & 7) & 1;
+  }
+
   /// Bits [bit, bit + 32) of element b. Bytes past the buffer read as 0.
   __device__ uint32_t word(int b, int64_t bit) const {
     if (bytes == nullptr) return ~0u;

@@ -11,6 +11,7 @@ void norm_rope(const NormRopeArguments& arguments, const Context& context);
 void norm_rope_mean(const NormRopeMeanArguments& arguments, const Context& context);
 void taylor_update(const TaylorUpdateArguments& arguments, const Context& context);
 void taylor_forecast(const TaylorForecastArguments& arguments, const Context& context);
+void update_fp8(const TaylorUpdateArguments& arguments, const Context& context);
 void forecast_fp8(const TaylorForecastArguments& arguments, const Context& context);
 void quantize_fp8(const QuantizeArguments& arguments, const Context& context);
 

@@ -1,18 +1,16 @@
-// To e4m3 with a scale for every 128 columns of a row, and forecasts from there. Sixteen lanes hold 128 columns, so a
-// scale is one reduction among neighbours.
+// To e4m3 with a scale for every 128 columns of a row, and differences and forecasts of what is kept so. Sixteen lanes
+// hold 128 columns, so a scale is one reduction among neighbours.
 #include <cuda_fp8.h>
 
 #include <algorithm>
 
 #include "src/cuda/common/elementwise.h"
-#include "src/cuda/common/half_run.cuh"
 #include "src/cuda/common/launch.h"
+#include "src/cuda/common/taylor.cuh"
 
 namespace flashomni::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kMostOrders = kMaxOrder + 1;
 constexpr int kLanesAScale = kScaleColumns / kRun;
 constexpr float kLargest = 448, kNothing = 0x1p-100f;
 
@@ -20,20 +18,16 @@ struct alignas(8) Fp8Run {
   __nv_fp8x2_storage_t pair[kRun / 2];
 };
 
-/// A tensor as rows of its last dimension.
-struct Rows {
-  void* data;
-  int64_t strides[3];  // of the leading dimensions, the last one first
-};
-
 struct Fp8Problem {
-  Rows values[kMostOrders], scales[kMostOrders], plain;  // plain: x, or the forecast
+  Rows values[kMostOrders], scales[kMostOrders], plain;  // plain: x, the feature, or the forecast
   const float* coefficients;
   int64_t coefficient_stride, width;
   uint32_t rows;
   uint32_t sizes[2];     // of the leading dimensions, the last one first; the third follows from them
   uint32_t runs_a_row;   // a multiple of kLanesAScale: groups of lanes do not cross rows
   bool plain_aligned, values_aligned;
+  int valid;
+  float per_step;
 };
 
 /// Where this thread's run lies. In 32 bits: divisions of 64 took longer than the memory.
@@ -43,7 +37,7 @@ struct Place {
   int count;  // columns of this run; 0 or less past the end of a row
 
   __device__ explicit Place(const Fp8Problem& p) {
-    const uint32_t run = blockIdx.x * kThreads + threadIdx.x;
+    const uint32_t run = blockIdx.x * kTaylorThreads + threadIdx.x;
     const uint32_t row = run / p.runs_a_row, rest = row / p.sizes[0];
     column = int64_t(run - row * p.runs_a_row) * kRun;
     count = static_cast<int>(row < p.rows ? min(int64_t(kRun), p.width - column) : 0);
@@ -75,37 +69,49 @@ __device__ inline void from_fp8(const Fp8Run& run, float (&x)[kRun]) {
   }
 }
 
-template <class Element>
-__global__ void __launch_bounds__(kThreads) quantize_fp8_kernel(const __grid_constant__ Fp8Problem p) {
-  const Place place(p);
-  const Element* from = place.row_of<const Element>(p.plain) + place.column;
-  HalfRun<Element> run{};
-  if (place.count == kRun) {
-    run = load_run(from, p.plain_aligned);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kRun; ++e)
-      if (e < place.count) run.element[e] = from[e];
-  }
-  float x[kRun], most = 0;
-  to_floats(run, x);
+/// What the lanes of a group make of their columns: one scale for all of them.
+struct QuantisedRun {
+  Fp8Run values;
+  float scale;
+};
+
+/// All lanes of the warp take part; columns past the end of a row are 0.
+__device__ inline QuantisedRun quantise(const float (&x)[kRun]) {
+  float most = 0;
 #pragma unroll
   for (int e = 0; e < kRun; ++e) most = fmaxf(most, fabsf(x[e]));  // passes over a NaN
 #pragma unroll
   for (int distance = kLanesAScale / 2; distance > 0; distance /= 2)
     most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
   if (most < kNothing) most = 0;
+  return {to_fp8(x, most > 0 ? kLargest / most : 0.0f), most / kLargest};
+}
+
+__device__ inline void store(const QuantisedRun& run, const Fp8Problem& p, int order, const Place& place) {
   if (place.count <= 0) return;
-  if (place.column % kScaleColumns == 0) *place.scale_of(p.scales[0]) = most / kLargest;
-  const Fp8Run values = to_fp8(x, most > 0 ? kLargest / most : 0.0f);
-  uint8_t* to = place.row_of<uint8_t>(p.values[0]) + place.column;
+  if (place.column % kScaleColumns == 0) *place.scale_of(p.scales[order]) = run.scale;
+  uint8_t* to = place.row_of<uint8_t>(p.values[order]) + place.column;
   if (place.count == kRun && p.values_aligned) {
-    *reinterpret_cast<Fp8Run*>(to) = values;
+    *reinterpret_cast<Fp8Run*>(to) = run.values;
   } else {
 #pragma unroll
     for (int e = 0; e < kRun; ++e)
-      if (e < place.count) to[e] = static_cast<uint8_t>(values.pair[e / 2] >> (e % 2 * 8));
+      if (e < place.count) to[e] = static_cast<uint8_t>(run.values.pair[e / 2] >> (e % 2 * 8));
   }
+}
+
+/// The columns of the feature, or of what is quantised.
+template <class Element>
+__device__ inline HalfRun<Element> load_plain(const Fp8Problem& p, const Place& place) {
+  return load_run(place.row_of<const Element>(p.plain) + place.column, place.count, p.plain_aligned);
+}
+
+template <class Element>
+__global__ void __launch_bounds__(kTaylorThreads) quantize_fp8_kernel(const __grid_constant__ Fp8Problem p) {
+  const Place place(p);
+  float x[kRun];
+  to_floats(load_plain<Element>(p, place), x);
+  store(quantise(x), p, 0, place);
 }
 
 /// The run at `from`, of which `count` columns exist.
@@ -120,9 +126,37 @@ __device__ inline Fp8Run load_fp8(const uint8_t* from, int count, bool aligned) 
 }
 
 template <class Element, int kOrders>
-__global__ void __launch_bounds__(kThreads) forecast_fp8_kernel(const __grid_constant__ Fp8Problem p) {
+__global__ void __launch_bounds__(kTaylorThreads) update_fp8_kernel(const __grid_constant__ Fp8Problem p) {
   const Place place(p);
-  if (place.count <= 0) return;
+  const HalfRun<Element> feature = load_plain<Element>(p, place);
+  Fp8Run old[kOrders];
+  float factors[kOrders];
+#pragma unroll
+  for (int order = 0; order + 1 < kOrders; ++order) {  // what is no history is not read
+    if (order >= p.valid || place.count <= 0) continue;
+    factors[order] = *place.scale_of(p.scales[order]);
+    old[order] = load_fp8(place.row_of<const uint8_t>(p.values[order]) + place.column, place.count, p.values_aligned);
+  }
+  __syncwarp();  // all lanes have read a scale before the first of them writes it
+  float now[kRun];
+  to_floats(feature, now);
+#pragma unroll
+  for (int order = 0; order < kOrders; ++order) {
+    store(quantise(now), p, order, place);
+    const bool more = order < p.valid && place.count > 0;
+    float before[kRun] = {};
+    if (more) from_fp8(old[order], before);
+#pragma unroll
+    for (int e = 0; e < kRun; ++e)  // rounded, as the CPU reads it
+      now[e] = more ? (now[e] - __fmul_rn(factors[order], before[e])) * p.per_step : 0.0f;
+  }
+}
+
+template <class Element, int kOrders>
+__global__ void __launch_bounds__(kTaylorThreads)
+    forecast_fp8_kernel(const __grid_constant__ Fp8Problem p, const __grid_constant__ ForecastRowBits rows) {
+  const Place place(p);
+  if (place.count <= 0 || !rows.has(place.index[1], place.index[0])) return;
   Fp8Run terms[kOrders];
   float factors[kOrders];
 #pragma unroll
@@ -140,15 +174,8 @@ __global__ void __launch_bounds__(kThreads) forecast_fp8_kernel(const __grid_con
 #pragma unroll
     for (int e = 0; e < kRun; ++e) sum[e] += coefficient * (factors[order] * term[e]);
   }
-  const HalfRun<Element> run = from_floats<Element>(sum);
   Element* to = place.row_of<Element>(p.plain) + place.column;
-  if (place.count == kRun) {
-    store_run(to, run, p.plain_aligned);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kRun; ++e)
-      if (e < place.count) to[e] = run.element[e];
-  }
+  store_run(to, from_floats<Element>(sum), place.count, p.plain_aligned);
 }
 
 Rows rows_of(const TensorView& view) {
@@ -185,7 +212,7 @@ Fp8Problem problem_of(const TensorView& plain, const TensorView* values, const T
 }
 
 dim3 grid_of(const Fp8Problem& p) {
-  return dim3(static_cast<unsigned>(ceil_div(int64_t(p.rows) * p.runs_a_row, kThreads)));
+  return dim3(static_cast<unsigned>(ceil_div(int64_t(p.rows) * p.runs_a_row, kTaylorThreads)));
 }
 
 }  // namespace
@@ -194,25 +221,29 @@ void quantize_fp8(const QuantizeArguments& a, const Context& context) {
   const Fp8Problem p = problem_of(a.x, &a.values, &a.scales, 1);
   with_half_type(a.x.dtype, "x", [&](auto* type) {
     quantize_fp8_kernel<std::remove_pointer_t<decltype(type)>>
-        <<<grid_of(p), kThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
+        <<<grid_of(p), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
   });
   check_cuda(cudaGetLastError(), "quantize_fp8_kernel");
+}
+
+void update_fp8(const TaylorUpdateArguments& a, const Context& context) {
+  Fp8Problem p = problem_of(a.feature, a.derivatives.data(), a.scales.data(), a.orders);
+  p.valid = a.valid, p.per_step = 1.0f / a.gap;
+  with_taylor_kernel(a.feature.dtype, "feature", a.orders, [&](auto* type, auto orders) {
+    update_fp8_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
+        <<<grid_of(p), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
+  });
+  check_cuda(cudaGetLastError(), "update_fp8_kernel");
 }
 
 void forecast_fp8(const TaylorForecastArguments& a, const Context& context) {
   Fp8Problem p = problem_of(a.out, a.derivatives.data(), a.scales.data(), a.orders);
   p.coefficients = a.coefficients.as<const float>();
   p.coefficient_stride = a.orders > 1 ? a.coefficients.strides[0] : 0;
-  with_half_type(a.out.dtype, "out", [&](auto* type) {
-    using Element = std::remove_pointer_t<decltype(type)>;
-    const auto launch = [&](auto orders) {
-      forecast_fp8_kernel<Element, decltype(orders)::value>
-          <<<grid_of(p), kThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
-    };
-    if (a.orders == 1) return launch(std::integral_constant<int, 1>());
-    if (a.orders == 2) return launch(std::integral_constant<int, 2>());
-    if (a.orders == 3) return launch(std::integral_constant<int, 3>());
-    launch(std::integral_constant<int, kMostOrders>());
+  const ForecastRowBits rows(a);
+  with_taylor_kernel(a.out.dtype, "out", a.orders, [&](auto* type, auto orders) {
+    forecast_fp8_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
+        <<<grid_of(p), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p, rows);
   });
   check_cuda(cudaGetLastError(), "forecast_fp8_kernel");
 }

@@ -3,20 +3,11 @@
 #include <algorithm>
 
 #include "src/cuda/common/elementwise.h"
-#include "src/cuda/common/half_run.cuh"
 #include "src/cuda/common/launch.h"
+#include "src/cuda/common/taylor.cuh"
 
 namespace flashomni::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kMostOrders = kMaxOrder + 1;
-
-/// A tensor as rows of its last dimension.
-struct Rows {
-  void* data;
-  int64_t strides[3];  // of the leading dimensions, the last one first
-};
 
 struct TaylorProblem {
   Rows derivatives[kMostOrders], other;  // other: the feature, or the forecast
@@ -50,42 +41,24 @@ struct Place {
   }
 };
 
-/// As load_run, of a run that a row's end may cut short.
-template <class Element>
-__device__ inline HalfRun<Element> load(const Element* from, int count, bool aligned) {
-  if (count == kRun) return load_run(from, aligned);
-  HalfRun<Element> run{};
-#pragma unroll
-  for (int i = 0; i < kRun; ++i)
-    if (i < count) run.element[i] = from[i];
-  return run;
-}
-template <class Element>
-__device__ inline void store(Element* to, const HalfRun<Element>& run, int count, bool aligned) {
-  if (count == kRun) return store_run(to, run, aligned);
-#pragma unroll
-  for (int i = 0; i < kRun; ++i)
-    if (i < count) to[i] = run.element[i];
-}
-
 __device__ inline uint32_t run_of_thread() {
-  return blockIdx.x * kThreads + threadIdx.x;
+  return blockIdx.x * kTaylorThreads + threadIdx.x;
 }
 
 template <class Element, int kOrders>
-__global__ void __launch_bounds__(kThreads) taylor_update_kernel(const __grid_constant__ TaylorProblem p) {
+__global__ void __launch_bounds__(kTaylorThreads) taylor_update_kernel(const __grid_constant__ TaylorProblem p) {
   if (run_of_thread() >= p.runs) return;
   const Place place(p, run_of_thread());
-  const HalfRun<Element> feature = load(place.in<const Element>(p.other), place.count, p.aligned);
+  const HalfRun<Element> feature = load_run(place.in<const Element>(p.other), place.count, p.aligned);
   HalfRun<Element> old[kOrders];
 #pragma unroll
   for (int order = 0; order + 1 < kOrders; ++order)  // what is no history is not read
-    if (order < p.valid) old[order] = load(place.in<const Element>(p.derivatives[order]), place.count, p.aligned);
+    if (order < p.valid) old[order] = load_run(place.in<const Element>(p.derivatives[order]), place.count, p.aligned);
   float now[kRun];
   to_floats(feature, now);
 #pragma unroll
   for (int order = 0; order < kOrders; ++order) {
-    store(place.in<Element>(p.derivatives[order]), from_floats<Element>(now), place.count, p.aligned);
+    store_run(place.in<Element>(p.derivatives[order]), from_floats<Element>(now), place.count, p.aligned);
     const bool more = order < p.valid;
     float before[kRun] = {};
     if (more) to_floats(old[order], before);
@@ -95,15 +68,17 @@ __global__ void __launch_bounds__(kThreads) taylor_update_kernel(const __grid_co
 }
 
 template <class Element, int kOrders>
-__global__ void __launch_bounds__(kThreads) taylor_forecast_kernel(const __grid_constant__ TaylorProblem p) {
+__global__ void __launch_bounds__(kTaylorThreads)
+    taylor_forecast_kernel(const __grid_constant__ TaylorProblem p, const __grid_constant__ ForecastRowBits rows) {
   if (run_of_thread() >= p.runs) return;
   const Place place(p, run_of_thread());
+  if (!rows.has(place.index[1], place.index[0])) return;
   // All orders are asked for before their coefficients are known: to wait for those first would cost as much as
   // a read of an order that does not count, and that is rare.
   HalfRun<Element> terms[kOrders];
 #pragma unroll
   for (int order = 0; order < kOrders; ++order)
-    terms[order] = load(place.in<const Element>(p.derivatives[order]), place.count, p.aligned);
+    terms[order] = load_run(place.in<const Element>(p.derivatives[order]), place.count, p.aligned);
   float sum[kRun] = {};
 #pragma unroll
   for (int order = 0; order < kOrders; ++order) {
@@ -114,26 +89,27 @@ __global__ void __launch_bounds__(kThreads) taylor_forecast_kernel(const __grid_
 #pragma unroll
     for (int e = 0; e < kRun; ++e) sum[e] += coefficient * term[e];
   }
-  store(place.in<Element>(p.other), from_floats<Element>(sum), place.count, p.aligned);
+  store_run(place.in<Element>(p.other), from_floats<Element>(sum), place.count, p.aligned);
 }
 
 /// The dimensions that views of one shape have in common, the last one first, without those of size 1;
-/// neighbours that lie in one piece in every view count as one.
+/// neighbours that lie in one piece in every view count as one. Or, where a row is one of a sequence, as they are.
 struct Shape {
   int dims = 0;
   int64_t sizes[kMaxDims];
   int64_t strides[kMostOrders + 1][kMaxDims];
 
-  Shape(const TensorView* const* views, int count) {
+  Shape(const TensorView* const* views, int count, bool as_it_is) {
     for (int d = views[0]->ndim - 1; d >= 0; --d) {
       const int64_t size = views[0]->shape[d];
-      if (size == 1) continue;
-      if (dims > 0 && continues(views, count, d)) {
+      if (!as_it_is && size == 1) continue;
+      if (!as_it_is && dims > 0 && continues(views, count, d)) {
         sizes[dims - 1] *= size;
         continue;
       }
       sizes[dims] = size;
-      for (int v = 0; v < count; ++v) strides[v][dims] = views[v]->strides[d];
+      for (int v = 0; v < count; ++v)  // what a dimension of size 1 has for a stride says nothing
+        strides[v][dims] = size > 1 ? views[v]->strides[d] : dims == 0 ? 1 : 0;
       ++dims;
     }
   }
@@ -151,10 +127,11 @@ struct Shape {
   }
 };
 
-/// What both operators share. views: the derivatives, then the other one.
-TaylorProblem problem_of(const TensorView* const* views, int orders) {
+/// What both operators share. views: the derivatives, then the other one. by_rows: row r of batch element b of
+/// [B, M, N] is at index (r, b).
+TaylorProblem problem_of(const TensorView* const* views, int orders, bool by_rows = false) {
   TaylorProblem p{};
-  const Shape shape(views, orders + 1);
+  const Shape shape(views, orders + 1, by_rows);
   const int first = shape.has_rows(orders + 1) ? 1 : 0;  // of the leading dimensions, at most three
   p.width = first == 1 ? shape.sizes[0] : 1;
   p.sizes[0] = p.sizes[1] = 1;
@@ -182,31 +159,21 @@ TaylorProblem problem_of(const TensorView* const* views, int orders) {
 }
 
 dim3 grid_of(const TaylorProblem& p) {
-  return dim3(static_cast<unsigned>(ceil_div(p.runs, kThreads)));
-}
-
-/// Calls f with the element type and the number of orders as constants.
-template <class F>
-void with_kernel(DType dtype, const char* argument, int orders, F&& f) {
-  with_half_type(dtype, argument, [&](auto* type) {
-    if (orders == 1) return f(type, std::integral_constant<int, 1>());
-    if (orders == 2) return f(type, std::integral_constant<int, 2>());
-    if (orders == 3) return f(type, std::integral_constant<int, 3>());
-    f(type, std::integral_constant<int, kMostOrders>());
-  });
+  return dim3(static_cast<unsigned>(ceil_div(p.runs, kTaylorThreads)));
 }
 
 }  // namespace
 
 void taylor_update(const TaylorUpdateArguments& a, const Context& context) {
+  if (a.scales[0].present()) return update_fp8(a, context);
   const TensorView* views[kMostOrders + 1];
   for (int i = 0; i < a.orders; ++i) views[i] = &a.derivatives[i];
   views[a.orders] = &a.feature;
   TaylorProblem p = problem_of(views, a.orders);
   p.valid = a.valid, p.per_step = 1.0f / a.gap;
-  with_kernel(a.feature.dtype, "feature", a.orders, [&](auto* type, auto orders) {
+  with_taylor_kernel(a.feature.dtype, "feature", a.orders, [&](auto* type, auto orders) {
     taylor_update_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
-        <<<grid_of(p), kThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
+        <<<grid_of(p), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
   });
   check_cuda(cudaGetLastError(), "taylor_update_kernel");
 }
@@ -216,12 +183,13 @@ void taylor_forecast(const TaylorForecastArguments& a, const Context& context) {
   const TensorView* views[kMostOrders + 1];
   for (int i = 0; i < a.orders; ++i) views[i] = &a.derivatives[i];
   views[a.orders] = &a.out;
-  TaylorProblem p = problem_of(views, a.orders);
+  const ForecastRowBits rows(a);
+  TaylorProblem p = problem_of(views, a.orders, rows.some);
   p.coefficients = a.coefficients.as<const float>();
   p.coefficient_stride = a.orders > 1 ? a.coefficients.strides[0] : 0;
-  with_kernel(a.out.dtype, "out", a.orders, [&](auto* type, auto orders) {
+  with_taylor_kernel(a.out.dtype, "out", a.orders, [&](auto* type, auto orders) {
     taylor_forecast_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
-        <<<grid_of(p), kThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
+        <<<grid_of(p), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p, rows);
   });
   check_cuda(cudaGetLastError(), "taylor_forecast_kernel");
 }

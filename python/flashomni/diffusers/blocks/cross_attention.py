@@ -52,10 +52,11 @@ class FollowingCrossAttention(Processor):
             traced = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
             (out,) = self.trace(traced, ["hidden_states"])
             return out
-        if self.following.start_of(hidden_states.shape[1]) is None:
+        start = self.following.start_of(hidden_states.shape[1])
+        if start is None:
             return self.original(attn, hidden_states, *given)
         compute = partial(self._attend, attn, hidden_states, encoder_hidden_states)
-        return follow(self.engine, self.following.layer, "cross_attention", compute)
+        return follow(self.engine, self.following.layer, "cross_attention", compute, start=start)
 
     def _attend(
         self, attn: nn.Module, x: Tensor, text: Tensor, rows: SparseSymbols | None, out: Tensor | None

@@ -66,7 +66,7 @@ class FusedFeedForward(InGraph):
         if start is None:
             return self._products(hidden_states, None, None)
         compute = partial(self._products, hidden_states, start=start)
-        return follow(engine, following.layer, "feed_forward", compute)
+        return follow(engine, following.layer, "feed_forward", compute, start=start)
 
     def _products(
         self, x: Tensor, rows: SparseSymbols | None, out: Tensor | None, *, start: int = 0
