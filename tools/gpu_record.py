@@ -426,7 +426,8 @@ def document(record: dict) -> list[str]:
             ]
             lines += [f"Dense: {dense}.", "", *attention_table(rows), ""]
         lines += gemm_sections(bench["rows"])
-        lines += select_lines([found for found in bench["rows"] if found["suite"] in ("select", "forecast")])
+        suites = ("select", "norm", "forecast")
+        lines += select_lines([found for found in bench["rows"] if found["suite"] in suites])
         host = ", ".join(f"{name} {us:.1f} µs" for name, us in bench["host_us"].items())
         lines += [f"Host time of an eager call: {host}.", ""]
     for case in E2E:

@@ -63,22 +63,30 @@ struct SummarizeArguments {
 };
 FLASHOMNI_API void summarize_symbols(const SummarizeArguments& arguments, const Context& context);
 
-/// In place on active tiles: x = rope(rms_norm(x) * weight). x [B, N, H, D]; weight [D] of x's dtype or
-/// absent (no norm); cos, sin float32 [tokens, D], the joint sequence's rows, or absent (no rotation); pairs
-/// are (2i, 2i + 1).
+/// In place on active tiles: x = rope(rms_norm(x) * weight). x [B, N, H, D]; weight of x's dtype: [D], a norm
+/// over each head; [H * D], one norm over all heads of a token; or absent, no norm. cos, sin float32
+/// [tokens, D], the joint sequence's rows, or absent (no rotation); pairs are (2i, 2i + 1).
+///
+/// A norm over all heads reads those of cached tiles too, where the token's row block has an active tile.
+/// The CPU takes any width, cuda_sm90 all up to 16,384 and what more a CTA holds: else NotImplementedError.
+///
+/// keys [B, N, H_k, D], of x's dtype and the same tokens, or absent: the same in the same pass on all of
+/// their tiles, whatever the symbols say, by keys_weight in place of weight.
 struct NormRopeArguments {
   TensorView x, weight, cos, sin;
   float eps = 1e-6f;
-  TensorView cache;        ///< S_c as in TileSymbols; absent: every tile
+  TensorView cache;        ///< S_c as in TileSymbols; absent: every tile of x
   int64_t row_offset = 0;  ///< where x's first token lies in the joint sequence
   int64_t tokens = 0;      ///< joint sequence length
   int32_t block_q = 128;
+  TensorView keys;
+  TensorView keys_weight;  ///< [D], [H_k * D] or absent
 };
 FLASHOMNI_API void norm_rope(const NormRopeArguments& arguments, const Context& context);
 
-/// norm_rope on all of `rows.x` (rows.cache absent), and block_mean of what it leaves there, on a GPU in one
-/// read. Blocks are counted from the first row of x: mean [B, ceil(N / block), H, D], similarity [B, ceil(N /
-/// block), H] or absent.
+/// norm_rope on all of `rows.x` (rows.cache and rows.keys absent, the norm over each head), and block_mean of
+/// what it leaves there, on a GPU in one read. Blocks are counted from the first row of x: mean [B, ceil(N /
+/// block), H, D], similarity [B, ceil(N / block), H] or absent.
 struct NormRopeMeanArguments {
   NormRopeArguments rows;
   TensorView mean, similarity;

@@ -298,7 +298,7 @@ def bench_select(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Making symbols and forecasting, beside one dense attention."""
+    """Making symbols, beside one dense attention; norms and forecasting, beside a copy."""
     kind = torch_dtype(dtype)
     if device not in ("cpu", "cuda"):
         raise fail(f"--device: expected cpu or cuda, got {device!r}", 2)

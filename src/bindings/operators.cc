@@ -179,8 +179,9 @@ int64_t block_mean(Tensor x, Tensor out, OptionalTensor similarity, int64_t bloc
 }
 
 int64_t norm_rope(Tensor x, OptionalTensor weight, OptionalTensor cos, OptionalTensor sin,
-                  OptionalTensor cache, double eps, int64_t row_offset, int64_t tokens, int64_t block_q,
-                  OptionalTensor workspace, int64_t threads) {
+                  OptionalTensor cache, OptionalTensor keys, OptionalTensor keys_weight, double eps,
+                  int64_t row_offset, int64_t tokens, int64_t block_q, OptionalTensor workspace,
+                  int64_t threads) {
   return guarded([&] {
     NormRopeArguments arguments;
     arguments.x = view(x, "x");
@@ -188,6 +189,8 @@ int64_t norm_rope(Tensor x, OptionalTensor weight, OptionalTensor cos, OptionalT
     arguments.cos = view(cos, "cos");
     arguments.sin = view(sin, "sin");
     arguments.cache = view(cache, "symbols.cache");
+    arguments.keys = view(keys, "keys");
+    arguments.keys_weight = view(keys_weight, "keys_weight");
     arguments.eps = static_cast<float>(eps);
     arguments.row_offset = row_offset;
     arguments.tokens = tokens;

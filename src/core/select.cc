@@ -115,13 +115,31 @@ void check_measures(const TensorView& x, int32_t block, const TensorView& mean, 
   check::disjoint(similarity, "similarity", mean, mean_name);
 }
 
+/// A norm over each head of x, or over all heads of a token.
+void check_norm_weight(const TensorView& weight, const char* name, const TensorView& x) {
+  if (!weight.present()) return;
+  check::tensor(weight, name, x.dtype, x.device, {check::kAny});
+  const int64_t dim = x.size(3), width = x.size(2) * dim;
+  if (weight.size(0) != dim && weight.size(0) != width) {
+    fail(ErrorKind::kValue, name, text("[", dim, "], for a norm over each head, or [", width, "], over all"),
+         describe(weight));
+  }
+}
+
 void check_norm_rope(const NormRopeArguments& a) {
   check::float_tensor(a.x, "x");
   const Device device = a.x.device;
   check::output(a.x, "x", a.x.dtype, device, {check::kAny, check::kAny, check::kAny, check::kAny});
   const int64_t rows = a.x.size(1), dim = a.x.size(3);
   check::head_dim(dim, "x");
-  if (a.weight.present()) check::tensor(a.weight, "weight", a.x.dtype, device, {dim});
+  check_norm_weight(a.weight, "weight", a.x);
+  if (a.keys.present()) {
+    check::output(a.keys, "keys", a.x.dtype, device, {a.x.size(0), rows, check::kAny, dim});
+    check::at_least(a.keys.size(2), 1, "heads of keys");
+    check_norm_weight(a.keys_weight, "keys_weight", a.keys);
+  } else if (a.keys_weight.present()) {
+    fail(ErrorKind::kType, "keys", "a tensor, as keys_weight is given", "nothing");
+  }
   if (a.cos.present() != a.sin.present()) {
     fail(ErrorKind::kType, a.cos.present() ? "sin" : "cos", "a tensor, as its partner is given", "nothing");
   }
@@ -140,10 +158,15 @@ void check_norm_rope(const NormRopeArguments& a) {
   tiles.row_offset = a.row_offset;
   tiles.block_q = a.block_q;
   check::tiles(tiles, a.x.size(0), rows, device, "x");
-  check::disjoint(a.x, "x", a.weight, "weight");
-  check::disjoint(a.x, "x", a.cos, "cos");
-  check::disjoint(a.x, "x", a.sin, "sin");
-  check::disjoint(a.x, "x", a.cache, "symbols.cache");
+  check::disjoint(a.x, "x", a.keys, "keys");
+  for (const TensorView* written : {&a.x, &a.keys}) {
+    const char* name = written == &a.x ? "x" : "keys";
+    check::disjoint(*written, name, a.weight, "weight");
+    check::disjoint(*written, name, a.keys_weight, "keys_weight");
+    check::disjoint(*written, name, a.cos, "cos");
+    check::disjoint(*written, name, a.sin, "sin");
+    check::disjoint(*written, name, a.cache, "symbols.cache");
+  }
 }
 
 }  // namespace
@@ -186,7 +209,14 @@ void norm_rope_mean(const NormRopeMeanArguments& a, const Context& context) {
   if (rows.cache.present()) {
     fail(ErrorKind::kValue, "symbols.cache", "nothing: means are of all rows", describe(rows.cache));
   }
+  if (rows.keys.present()) {
+    fail(ErrorKind::kValue, "keys", "nothing: means are of x alone", describe(rows.keys));
+  }
   check_norm_rope(rows);
+  if (rows.weight.present() && rows.weight.size(0) != rows.x.size(3)) {
+    fail(ErrorKind::kNotImplemented, "weight", text("[", rows.x.size(3), "]: a norm over each head"),
+         describe(rows.weight));
+  }
   check_measures(rows.x, a.block, a.mean, "mean", a.similarity);
   for (const TensorView* read : {&rows.weight, &rows.cos, &rows.sin}) {
     const char* name = read == &rows.weight ? "weight" : read == &rows.cos ? "cos" : "sin";

@@ -65,40 +65,79 @@ inline void rotate(float* row, const float* cosine, const float* sine, int64_t d
   }
 }
 
-inline void normalize(float* row, const float* weight, float eps, int64_t dim) {
+inline float sum_of_squares(const float* row, int64_t dim) {
   Float squares{};
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) squares += load(row + d) * load(row + d);
   float sum = total(squares);
   for (; d < dim; ++d) sum += row[d] * row[d];
-  const float factor = 1.0f / __builtin_sqrtf(sum / static_cast<float>(dim) + eps);
-  for (d = 0; d < dim; ++d) row[d] *= factor * weight[d];
+  return sum;
 }
 
+/// 1 / RMS of `count` elements.
+inline float norm_factor(float squares, int64_t count, float eps) {
+  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(count) + eps);
+}
+
+/// The same over all heads of a token; 0, unread, where none of them is active.
 template <class T>
-inline void norm_rope_as(const NormRopeArguments& a, int threads) {
-  const int64_t batch = a.x.shape[0], tokens = a.x.shape[1], heads = a.x.shape[2], dim = a.x.shape[3];
-  float weight[kRun];
-  if (a.weight.ndim >= 0) to_floats(static_cast<const T*>(a.weight.data), weight, dim);
+inline float token_factor(const T* token, int64_t stride, const uint8_t* bits, int64_t first_bit,
+                          int64_t heads, int64_t dim, float eps) {
+  int64_t active = 0;
+  while (active < heads && !bit_at(bits, first_bit + active)) ++active;
+  if (active == heads) return 0;
+  float squares = 0, row[kRun];
+  for (int64_t h = 0; h < heads; ++h) {
+    to_floats(token + h * stride, row, dim);
+    squares += sum_of_squares(row, dim);
+  }
+  return norm_factor(squares, heads * dim, eps);
+}
+
+/// On x or on the keys of `a`.
+template <class T>
+inline void norm_rope_tensor(const NormRopeArguments& a, const TensorView& x, const TensorView& weight,
+                             const TensorView& cache, int threads) {
+  const int64_t batch = x.shape[0], tokens = x.shape[1], heads = x.shape[2], dim = x.shape[3];
+  const bool normed = weight.ndim >= 0, across_heads = normed && weight.shape[0] != dim;
+  const T* weights = static_cast<const T*>(weight.data);
+  float shared[kRun];  // by all heads
+  if (normed && !across_heads) to_floats(weights, shared, dim);
 #pragma omp parallel for collapse(2) schedule(dynamic, 16) num_threads(threads)
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t t = 0; t < tokens; ++t) {
-      const uint8_t* bits = element_bytes(a.cache, TensorView{}, b);
+      const uint8_t* bits = element_bytes(cache, TensorView{}, b);
       const int64_t position = a.row_offset + t, first_bit = position / a.block_q * heads;
-      float row[kRun];
+      T* token = static_cast<T*>(x.data) + b * x.strides[0] + t * x.strides[1];
+      float row[kRun], own[kRun], factor = 0;
+      if (across_heads) factor = token_factor(token, x.strides[2], bits, first_bit, heads, dim, a.eps);
       for (int64_t h = 0; h < heads; ++h) {
         if (!bit_at(bits, first_bit + h)) continue;
-        T* x = static_cast<T*>(a.x.data) + b * a.x.strides[0] + t * a.x.strides[1] + h * a.x.strides[2];
-        to_floats(x, row, dim);
-        if (a.weight.ndim >= 0) normalize(row, weight, a.eps, dim);
+        T* head = token + h * x.strides[2];
+        to_floats(head, row, dim);
+        if (across_heads) {
+          to_floats(weights + h * dim, own, dim);
+        } else if (normed) {
+          factor = norm_factor(sum_of_squares(row, dim), dim, a.eps);
+        }
+        if (normed) {
+          const float* of_head = across_heads ? own : shared;
+          for (int64_t d = 0; d < dim; ++d) row[d] *= factor * of_head[d];
+        }
         if (a.cos.ndim >= 0) {
           rotate(row, static_cast<const float*>(a.cos.data) + position * a.cos.strides[0],
                  static_cast<const float*>(a.sin.data) + position * a.sin.strides[0], dim);
         }
-        from_floats(row, x, dim);
+        from_floats(row, head, dim);
       }
     }
   }
+}
+
+template <class T>
+inline void norm_rope_as(const NormRopeArguments& a, int threads) {
+  norm_rope_tensor<T>(a, a.x, a.weight, a.cache, threads);
+  if (a.keys.ndim >= 0) norm_rope_tensor<T>(a, a.keys, a.keys_weight, TensorView{}, threads);
 }
 
 /// A view's innermost rows, by number: all leading dimensions flattened.

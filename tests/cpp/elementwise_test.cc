@@ -20,48 +20,84 @@ class ElementwiseTest : public ::testing::TestWithParam<std::string> {
   testing::ScopedVariable force_{"FLASHOMNI_CPU_ISA", GetParam()};
 };
 
+enum class Over { kNothing, kHead, kAllHeads };
+
+/// Rows [B, N, H, D] to norm, with the weight for it, and as they were.
+struct Normed {
+  Array x, before, weight;
+  Over over;
+
+  static Normed random(DType dtype, const std::vector<int64_t>& shape, Over over, Random& random) {
+    const Array x = Array::random(dtype, shape, random, 2, 8);
+    const int64_t width = over == Over::kAllHeads ? shape[2] * shape[3] : shape[3];
+    return {x, x, Array::random(dtype, {width}, random), over};
+  }
+  int64_t heads() const { return x.view().size(2); }
+  int64_t dim() const { return x.view().size(3); }
+  TensorView weight_view() const { return over == Over::kNothing ? TensorView{} : weight.view(); }
+
+  /// What a head of a token is before it is rotated.
+  std::vector<double> expected(int64_t b, int64_t t, int64_t h) const {
+    const bool all = over == Over::kAllHeads;
+    double squares = 0;
+    for (int64_t head = all ? 0 : h; head < (all ? heads() : h + 1); ++head) {
+      for (int64_t d = 0; d < dim(); ++d) squares += before(b, t, head, d) * before(b, t, head, d);
+    }
+    const double factor = 1 / std::sqrt(squares / static_cast<double>((all ? heads() : 1) * dim()) + 1e-5);
+    std::vector<double> row;
+    for (int64_t d = 0; d < dim(); ++d) {
+      row.push_back(before(b, t, h, d));
+      if (over != Over::kNothing) row.back() *= factor * weight(all ? h * dim() + d : d);
+    }
+    return row;
+  }
+};
+
 TEST_P(ElementwiseTest, NormRope) {
+  constexpr Over kOvers[] = {Over::kHead, Over::kAllHeads, Over::kNothing};
   Random random(95);
-  for (int trial = 0; trial < 24; ++trial) {
+  for (int trial = 0; trial < 36; ++trial) {
     const DType dtype = kTypes[trial % 3];
-    const int64_t dim = std::vector<int64_t>{64, 72, 128, 256}[trial % 4], rows = uniform(random, 1, 200),
-                  heads = 3;
+    const int64_t dim = std::vector<int64_t>{64, 72, 128, 256}[trial % 4], rows = uniform(random, 1, 200);
     const int64_t offset = std::vector<int64_t>{0, 16, 77}[trial % 3],
                   tokens = offset + rows + uniform(random, 0, 99);
-    const bool norm = trial % 5 != 0, rotate = trial % 7 != 0, symbols = trial % 2 == 0;
+    const Over over = kOvers[trial / 3 % 3], keys_over = kOvers[trial / 9 % 3];
+    const bool rotate = trial % 7 != 0, symbols = trial % 2 == 0, with_keys = trial % 5 != 0;
     SymbolGeometry g;
-    g.q_tokens = tokens, g.kv_tokens = 1, g.heads = heads, g.block_q = g.block_kv = trial % 2 ? 64 : 128;
+    g.q_tokens = tokens, g.kv_tokens = 1, g.heads = 3, g.block_q = g.block_kv = trial % 4 > 1 ? 64 : 128;
     const Masks masks = Masks::random(g, 2, 0.5, 1, random);
-    Array x = Array::random(dtype, {2, rows, heads, dim}, random, 2, 8);
-    const Array before = x, weight = Array::random(dtype, {dim}, random);
+    std::vector<Normed> tensors = {Normed::random(dtype, {2, rows, g.heads, dim}, over, random)};
     const Array cosine = Array::random(DType::kFloat32, {tokens, dim}, random);
     const Array sine = Array::random(DType::kFloat32, {tokens, dim}, random);
+    if (with_keys) tensors.push_back(Normed::random(dtype, {2, rows, 2, dim}, keys_over, random));
     NormRopeArguments a;
-    a.x = x, a.eps = 1e-5f, a.row_offset = offset, a.tokens = tokens, a.block_q = g.block_q;
-    if (norm) a.weight = weight;
+    a.x = tensors[0].x, a.weight = tensors[0].weight_view();
+    a.eps = 1e-5f, a.row_offset = offset, a.tokens = tokens, a.block_q = g.block_q;
     if (rotate) a.cos = cosine, a.sin = sine;
     if (symbols) a.cache = masks.cache_bits;
+    if (with_keys) a.keys = tensors[1].x, a.keys_weight = tensors[1].weight_view();
     norm_rope(a, Context{});
-    for (int64_t b = 0; b < 2; ++b) {
-      for (int64_t t = 0; t < rows; ++t) {
-        for (int64_t h = 0; h < heads; ++h) {
-          const bool active = !symbols || masks.active(b, h, (offset + t) / g.block_q);
-          double squares = 0;
-          for (int64_t d = 0; d < dim; ++d) squares += before(b, t, h, d) * before(b, t, h, d);
-          const double factor = 1 / std::sqrt(squares / static_cast<double>(dim) + 1e-5);
-          const auto normed = [&](int64_t d) { return before(b, t, h, d) * (norm ? factor * weight(d) : 1); };
-          for (int64_t d = 0; d < dim; ++d) {
-            if (!active) {
-              ASSERT_EQ(x(b, t, h, d), before(b, t, h, d)) << "a cached tile was written";
+    for (const Normed& of : tensors) {
+      const bool sparse = symbols && &of == &tensors[0];
+      for (int64_t b = 0; b < 2; ++b) {
+        for (int64_t t = 0; t < rows; ++t) {
+          for (int64_t h = 0; h < of.heads(); ++h) {
+            if (sparse && !masks.active(b, h, (offset + t) / g.block_q)) {
+              for (int64_t d = 0; d < dim; ++d)
+                ASSERT_EQ(of.x(b, t, h, d), of.before(b, t, h, d)) << "a cached tile was written";
               continue;
             }
-            double expected = normed(d), magnitude = std::fabs(expected);
-            if (rotate) {
-              const double turned = (d % 2 == 0 ? -normed(d + 1) : normed(d - 1)) * sine(offset + t, d);
-              expected = normed(d) * cosine(offset + t, d) + turned;
-              magnitude = std::fabs(normed(d) * cosine(offset + t, d)) + std::fabs(turned);
+            const std::vector<double> row = of.expected(b, t, h);
+            for (int64_t d = 0; d < dim; ++d) {
+              const auto at = static_cast<size_t>(d);
+              double expected = row[at], magnitude = std::fabs(expected);
+              if (rotate) {
+                const double turned = (d % 2 == 0 ? -row[at + 1] : row[at - 1]) * sine(offset + t, d);
+                expected = row[at] * cosine(offset + t, d) + turned;
+                magnitude = std::fabs(row[at] * cosine(offset + t, d)) + std::fabs(turned);
+              }
+              ASSERT_NEAR(of.x(b, t, h, d), expected, testing::tolerance(dtype, expected, magnitude, 16));
             }
-            ASSERT_NEAR(x(b, t, h, d), expected, testing::tolerance(dtype, expected, magnitude, 16));
           }
         }
       }

@@ -138,9 +138,22 @@ TEST(SelectChecks, NormRope) {
   A a;
   a.x = x, a.weight = weight, a.cos = cosine, a.sin = sine, a.cache = masks.cache_bits;
   a.tokens = 300, a.row_offset = 77;
+  Array keys(kHalf, {2, 200, 2, 64}), wide(kHalf, {128});
+  a.keys = keys, a.keys_weight = wide;
   std::vector<Fault<A>> faults = {
       {"x", T, [](A& v) { v.x = {}; }},
       {"x", T, [](A& v) { v.x.dtype = DType::kUInt8; }},
+      {"weight", V, [](A& v) { v.weight = v.keys_weight; }},
+      {"keys", T, [](A& v) { v.keys = {}; }},
+      {"keys", V, [](A& v) { v.keys.shape[0] = 1; }},
+      {"keys", V, [](A& v) { v.keys.shape[1] = 199; }},
+      {"heads of keys", V, [](A& v) { v.keys.shape[2] = 0; }},
+      {"keys", V, [](A& v) { v.keys.strides[2] = 0; }},
+      {"keys", V, [](A& v) { v.cos.data = v.keys.data; }},
+      {"keys", V, [](A& v) { v.weight.data = v.keys.data; }},
+      {"x", V, [](A& v) { v.x.data = v.keys.data; }},
+      {"x", V, [](A& v) { v.x.data = v.keys_weight.data; }},
+      {"keys_weight", V, [](A& v) { v.keys.shape[2] = 1; }},
       {"x", V, [](A& v) { v.x.shape[3] = 60; }},
       {"x", V, [](A& v) { v.x.strides[1] = 0; }},
       {"x", V, [](A& v) { v.x.data = v.cos.data; }},
@@ -157,6 +170,8 @@ TEST(SelectChecks, NormRope) {
   };
   const std::vector<std::pair<const char*, std::function<TensorView&(A&)>>> tensors = {
       {"weight", [](A& v) -> TensorView& { return v.weight; }},
+      {"keys", [](A& v) -> TensorView& { return v.keys; }},
+      {"keys_weight", [](A& v) -> TensorView& { return v.keys_weight; }},
       {"cos", [](A& v) -> TensorView& { return v.cos; }},
       {"sin", [](A& v) -> TensorView& { return v.sin; }},
       {"symbols.cache", [](A& v) -> TensorView& { return v.cache; }}};
@@ -171,7 +186,7 @@ TEST(SelectChecks, NormRopeMean) {
   using A = NormRopeMeanArguments;
   Array x(kHalf, {2, 200, 3, 64}), weight(kHalf, {64}), table(kSingle, {300, 64}),
       bits(DType::kUInt8, {2, 2});
-  Array mean(kSingle, {2, 4, 3, 64}), similarity(kSingle, {2, 4, 3});
+  Array mean(kSingle, {2, 4, 3, 64}), similarity(kSingle, {2, 4, 3}), wide(kHalf, {192});
   A a;
   a.rows.x = x, a.rows.weight = weight, a.rows.cos = a.rows.sin = table;
   a.rows.tokens = 300, a.rows.row_offset = 77, a.block = 64, a.mean = mean, a.similarity = similarity;
@@ -185,6 +200,8 @@ TEST(SelectChecks, NormRopeMean) {
       {"mean", V, [](A& v) { v.mean.data = v.rows.cos.data; }},
       {"similarity", V, [](A& v) { v.similarity.data = v.rows.sin.data; }},
       {"symbols.cache", V, [&](A& v) { v.rows.cache = bits; }},
+      {"keys", V, [](A& v) { v.rows.keys = v.rows.x; }},
+      {"weight", N, [&](A& v) { v.rows.weight = wide; }},
   };
   const auto mean_of = [](A& v) -> TensorView& { return v.mean; };
   const auto similarity_of = [](A& v) -> TensorView& { return v.similarity; };

@@ -85,6 +85,10 @@ def symbols() -> int:
         for dim, tokens, text in ((64, 700, 77), (80, 333, 0), (256, 1, 1)):
             q, k = torch.randn(2, 2, tokens, 4, dim, device="cuda", dtype=torch.bfloat16)
             norm_rope(q, torch.ones(dim, device="cuda", dtype=torch.bfloat16), None, None)
+            table = torch.ones(tokens, dim, device="cuda")
+            active = SparseSymbols.ones(2, 3, tokens, tokens, *block, "cuda")
+            wide = torch.ones(3 * dim, device="cuda", dtype=torch.bfloat16)
+            norm_rope(q[:, :, :3], wide, table, table, symbols=active, keys=k[:, :, :3], keys_weight=wide)
             chosen = SparseSymbols.zeros(2, 4, tokens, tokens, *block, "cuda")
             similarity = torch.empty(2, -(-tokens // block[1]), 2, device="cuda")
             means = block_mean(q, block[0]), block_mean(k[:, :, :2], block[1], similarity)

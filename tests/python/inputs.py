@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import reference
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from flashomni import SparseSymbols
 
@@ -69,6 +69,24 @@ def token_mask(cache: Tensor, tokens: int, block: int, row_offset: int = 0) -> T
     """Cache mask [B, H, q_blocks] by token: bool [B, tokens, H]."""
     rows = (torch.arange(tokens) + row_offset) // block
     return cache[:, :, rows].transpose(1, 2)
+
+
+def norm_weight(generator: Generator, over: str, heads: int, dim: int, dtype: torch.dtype) -> Tensor | None:
+    """A norm's weight: over each "head", over "all" heads of a token, or None."""
+    width = {"head": dim, "all": heads * dim}.get(over)
+    return None if width is None else random(generator, width, dtype=dtype)
+
+
+def poison_unread(x: Tensor, active: Tensor, over: str) -> Tensor:
+    """x [B, N, H, D] with NaN in what norm_rope may not read: tiles that are not active [B, N, H]; with a
+    norm over "all" heads, tokens without an active one."""
+    read = active.any(2, keepdim=True) if over == "all" else active
+    return x.masked_fill(~read.unsqueeze(-1), float("nan"))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN or not."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 @dataclass

@@ -224,16 +224,19 @@ def norm_rope(
     block_q: int,
     row_offset: int,
 ) -> Tensor:
-    """x [N, H, D] -> the same shape; cached tiles as they were."""
+    """x [N, H, D] -> the same shape; cached tiles as they were. weight [D], or [H * D]: over all heads."""
     out = x.double().clone()
     tokens, heads, head_dim = x.shape
     for t in range(tokens):
+        of_all = x[t].double().square().mean()
         for h in range(heads):
             if not is_active(cache, (row_offset + t) // block_q, heads, h):
                 continue
             row = out[t, h].clone()
             if weight is not None:
-                row = row / torch.sqrt(row.square().mean() + eps) * weight.double()
+                wide = weight.numel() != head_dim
+                own = weight[h * head_dim : (h + 1) * head_dim] if wide else weight
+                row = row / torch.sqrt((of_all if wide else row.square().mean()) + eps) * own.double()
             if cos is not None:
                 c, s = cos[row_offset + t].double(), sin[row_offset + t].double()
                 even, odd = row[0::2].clone(), row[1::2].clone()

@@ -71,7 +71,7 @@ def test_arms_take_turns():
     [
         ({"attention"}, attention, {"random", "clustered", "tiles"}),
         ({"gemm_q", "gemm_o", "gemm_o_update", "gemm_o_window"}, gemm, {"random", "clustered"}),
-        ({"select", "forecast"}, select, None),
+        ({"select", "norm", "forecast"}, select, None),
     ],
 )
 def test_suites_give_whole_rows(suite, module, patterns):

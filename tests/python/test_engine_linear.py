@@ -7,11 +7,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from flashomni import SparseSymbols, ops
 from flashomni.engine.linear import (
     LinearRows,
     add_product,
     dense_linear,
     linear_tiles,
+    norm_and_rope,
+    norm_and_rope_pair,
     norm_weight,
     weight_and_bias,
     why_no_norm,
@@ -98,6 +101,74 @@ def test_a_plain_layer_gives_what_its_attributes_are() -> None:
     assert why_no_norm(norm, torch.float32) is None
     weight, eps = norm_weight(norm, torch.randn(1, 3, 2, 8))
     assert weight is norm.weight and eps == 1e-3
+
+
+def rms(x: torch.Tensor, norm: nn.Module, across_heads: bool) -> torch.Tensor:
+    """In float64 and by hand: x [B, M, H, D]."""
+    rows = x.double().flatten(2) if across_heads else x.double()
+    rows = rows / torch.sqrt(rows.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
+    return rows.view(x.shape)
+
+
+def random_norm(width: int, eps: float) -> nn.RMSNorm:
+    norm = nn.RMSNorm(width, eps=eps)
+    nn.init.normal_(norm.weight)
+    return norm.requires_grad_(False)
+
+
+@pytest.mark.parametrize("across_heads", [False, True])
+@pytest.mark.parametrize("eps, launches", [((1e-2, 1e-2), 1), ((1e-2, 1e-1), 2)])
+@pytest.mark.parametrize("rope", ["tables", "function", None])
+def test_norms_of_queries_and_keys(monkeypatch, across_heads, eps, launches, rope) -> None:
+    """In one launch, unless each has an eps of its own."""
+    torch.manual_seed(1)
+    q, k = torch.randn(2, 70, 3, 64), torch.randn(2, 70, 3, 64)
+    norms = tuple(random_norm(192 if across_heads else 64, e) for e in eps)
+    cache = torch.ones(2, 3, 2, dtype=torch.bool)
+    cache[:, 1, 1] = False
+    sizes = {"q_tokens": 80, "kv_tokens": 80, "block_q": 64, "block_kv": 64}
+    symbols = SparseSymbols.from_masks(cache, None, **sizes)
+    cos, sin = torch.full((80, 64), 0.0), torch.full((80, 64), 1.0)  # a quarter turn
+
+    def turn(x: torch.Tensor, first_row: int = 10) -> torch.Tensor:
+        assert first_row == 10
+        pairs = x.unflatten(-1, (-1, 2))
+        return torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
+
+    form = {"tables": (cos, sin), "function": lambda x, row: x.copy_(turn(x, row)), None: None}[rope]
+    wanted = [rms(x, norm, across_heads) for x, norm in zip((q, k), norms, strict=True)]
+    calls, norm_rope = [], ops.norm_rope
+    monkeypatch.setattr(ops, "norm_rope", lambda *a, **o: (calls.append(1), norm_rope(*a, **o))[1])
+    got = q.clone(), k.clone()
+    norm_and_rope_pair(norms, *got, form, symbols, row_offset=10, across_heads=across_heads)
+    assert len(calls) == launches
+    active = cache[:, :, (torch.arange(70) + 10) // 64].transpose(1, 2)
+    for x, before, want, mask in zip(got, (q, k), wanted, (active, torch.ones_like(active)), strict=True):
+        want = turn(want) if rope is not None else want
+        torch.testing.assert_close(x[mask].double(), want[mask], atol=1e-5, rtol=1e-5)
+        left = turn(before) if rope == "function" else before  # a function knows no tiles
+        assert torch.equal(x[~mask], left[~mask])
+
+
+def test_other_norms_are_called(monkeypatch) -> None:
+    """On all rows, with heads side by side where they are over all of them; our part is the rotation."""
+    torch.manual_seed(2)
+    monkeypatch.setattr(ops, "norm_rope", None)
+    q, k = torch.randn(1, 9, 3, 64), torch.randn(1, 9, 3, 64)
+    layer, hooked = nn.LayerNorm(192), random_norm(192, 1e-3)
+    hooked.register_forward_hook(lambda module, args, out: 2 * out)
+    assert "not an RMSNorm" in why_no_norm(layer, q.dtype) and "hooks" in why_no_norm(hooked, q.dtype)
+    wanted = layer(q.flatten(2)).view_as(q), 2 * rms(k, hooked, True).float()
+    with torch.no_grad():
+        norm_and_rope_pair((layer, hooked), q, k, None, across_heads=True)
+    torch.testing.assert_close((q, k), wanted)
+
+
+@pytest.mark.parametrize("width, across_heads", [(64, True), (192, False)])
+def test_a_norm_of_another_width_is_no_other_norm(width: int, across_heads: bool) -> None:
+    """norm_rope tells norms over a head from those over all by the weight alone."""
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm_and_rope(random_norm(width, 1e-3), torch.randn(1, 9, 3, 64), None, across_heads=across_heads)
 
 
 def test_layers_whose_weight_is_made_anew_are_not_plain() -> None:

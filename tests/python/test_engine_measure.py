@@ -8,7 +8,8 @@ import torch
 from flux_models import draw, tiny_pipeline
 
 import flashomni
-from flashomni import Config, ops
+from flashomni import Config, SparseSymbols, ops
+from flashomni.engine.measure import Measures
 from flashomni.policies import DensePolicy
 
 CONFIG = Config(
@@ -50,6 +51,31 @@ def test_stats_are_of_what_attention_sees(monkeypatch, text: int) -> None:
         reference.assert_close(stats.k_similarity[0], reference.self_similarity(k[0], 64), torch.float32)
     # One block in three of the model keeps text and image apart; q and k.
     assert len(separate) == (0 if text == 128 else 2 * layers // 3)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_norms_over_all_heads_come_before_the_means(rope: bool) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 200, 3, 64), torch.randn(2, 200, 3, 64)
+    norms = [torch.nn.RMSNorm(192, eps=1e-3).requires_grad_(False) for _ in "qk"]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    tables = (torch.randn(200, 64), torch.randn(200, 64)) if rope else None
+    wanted = [
+        torch.stack(
+            [
+                reference.norm_rope(one, norm.weight, *(tables or (None, None)), None, 1e-3, 128, 0)
+                for one in x
+            ]
+        )
+        for x, norm in zip((q, k), norms, strict=True)
+    ]
+    measures = Measures(frozenset({"q_mean"}), q, k, SparseSymbols.ones(2, 3, 200, 200, 128, 64))
+    measures.norm_and_rope(tuple(norms), 0, 200, tables, across_heads=True)
+    for got, want in zip((q, k), wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-4)
+    means = torch.stack([reference.block_mean(x, 128) for x in q])
+    reference.assert_close(measures.stats().q_mean, means, torch.float32)
 
 
 def test_only_what_is_needed_is_measured() -> None:

@@ -28,6 +28,7 @@ from family_checks import (
 )
 
 import flashomni
+from flashomni import ops
 from flashomni.diffusers.api import transformers_of
 from flashomni.engine.state import Summary
 from flashomni.policies import Choice, Policy, RandomPolicy
@@ -265,6 +266,36 @@ def test_timesteps_of_their_own_for_tokens() -> None:
     pipe = pipeline(expand_timesteps=True)
     check_nothing_reused_is_dense(pipe, draw)
     check_sparse_runs(pipe, draw)
+
+
+def test_norms_over_all_heads_are_one_call(monkeypatch) -> None:
+    """With RoPE, of queries and keys; at Updates of each."""
+    pipe, calls = pipeline(), []
+    engine = flashomni.enable(pipe, config(policy="drift"))
+    norm_rope = ops.norm_rope
+
+    def watch(x, weight, cos, sin, **options):
+        assert weight.shape == (128,) and cos is not None
+        kind = engine.plan.kind
+        calls.append(kind)
+        assert (options.get("keys") is None) == (kind == "update")
+        assert (options["symbols"] is not None) == (kind == "dispatch")
+        return norm_rope(x, weight, cos, sin, **options)
+
+    monkeypatch.setattr(ops, "norm_rope", watch)
+    draw(pipe, 6)
+    assert {kind: calls.count(kind) for kind in set(calls)} == {"full": 6, "update": 4, "dispatch": 4}
+
+
+def test_other_norms_over_all_heads_are_called() -> None:
+    pipe = pipeline()
+    for block in pipe.transformer.blocks:
+        block.attn1.norm_q.register_forward_hook(lambda module, args, out: 2 * out)
+    rows = flashomni.explain(pipe, config()).rows
+    assert all(row.notes == ("norm_q has hooks on its forward: called as a module",) for row in rows)
+    want = draw(pipe, 6)
+    flashomni.enable(pipe, config(policy="dense", strict=False))
+    assert error(draw(pipe, 6), want) < ROUNDING
 
 
 def test_explain() -> None:

@@ -14,7 +14,16 @@ import random
 import pytest
 import reference
 import torch
-from inputs import BLOCKS, HEAD_DIMS, random_symbols, set_padding, token_mask
+from inputs import (
+    BLOCKS,
+    HEAD_DIMS,
+    norm_weight,
+    poison_unread,
+    random_symbols,
+    same_bits,
+    set_padding,
+    token_mask,
+)
 
 from flashomni import (
     SparseSymbols,
@@ -383,35 +392,83 @@ def test_a_nan_stays_in_its_block() -> None:
     assert bad.sum() == 1 and bad[0, 1, 1, 5]
 
 
+def check_norm_rope(dtype, heads, dim, over, rope, padding, density) -> None:
+    """Queries under symbols and keys without, in one call; heads and over: of both."""
+    generator = torch.Generator().manual_seed(dim)
+    batch, tokens, offset = 2, 150, 77
+    cache = torch.rand(batch, heads[0], reference.blocks(offset + tokens, 64), generator=generator) < density
+    sizes = {"q_tokens": offset + tokens, "kv_tokens": offset + tokens, "block_q": 64, "block_kv": 64}
+    symbols = SparseSymbols.from_masks(cache, None, **sizes)
+    active = token_mask(cache, tokens, 64, offset)
+    weights = [norm_weight(generator, o, n, dim, dtype) for o, n in zip(over, heads, strict=True)]
+    x, keys = (torch.randn(batch, tokens, n, dim, generator=generator).to(dtype) for n in heads)
+    x = poison_unread(x, active, over[0])
+    angles = 6.3 * torch.rand(offset + tokens, dim, generator=generator)
+    cos, sin = (angles.cos(), angles.sin()) if rope else (None, None)
+    targets = [on_gpu(tensor, padding) for tensor in (x, keys)]
+    weight, keys_weight, *tables = (None if t is None else t.cuda() for t in (*weights, cos, sin))
+    options = {"symbols": symbols.to("cuda"), "row_offset": offset}
+    got = norm_rope(targets[0], weight, *tables, keys=targets[1], keys_weight=keys_weight, **options)
+    assert got is targets[0]
+    for target, before, own, bits in zip(targets, (x, keys), weights, (symbols.cache, None), strict=True):
+        expected = torch.stack(
+            [
+                reference.norm_rope(
+                    before[b], own, cos, sin, bits if bits is None else bits[b], 1e-6, 64, offset
+                )
+                for b in range(batch)
+            ]
+        )
+        written = active if bits is not None else torch.ones(before.shape[:3], dtype=torch.bool)
+        scale = 2.0 if own is None else 1 + float(own.abs().max())
+        reference.assert_close(target.cpu()[written] / scale, expected[written] / scale, dtype)
+        assert same_bits(target.cpu()[~written], before[~written]), "cached tiles are untouched to the bit"
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-@pytest.mark.parametrize("parts", ["norm", "rope", "both"])
+@pytest.mark.parametrize(
+    "over, rope",
+    [
+        (("head", "head"), True),
+        (("head", "head"), False),
+        (("none", "none"), True),
+        (("all", "all"), True),
+        (("all", "head"), False),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("padding", [0, 8, 3])
-def test_norm_rope(dtype: torch.dtype, dim: int, parts: str, padding: int) -> None:
-    torch.manual_seed(dim)
-    batch, tokens, heads, offset = 2, 150, 11, 77
-    x = torch.randn(batch, tokens, heads, dim).to(dtype)
-    weight = None if parts == "rope" else torch.randn(dim).to(dtype)
-    angles = 6.3 * torch.rand(offset + tokens + 9, dim)
-    cos, sin = (None, None) if parts == "norm" else (angles.cos(), angles.sin())
-    cache = torch.rand(batch, heads, reference.blocks(offset + tokens, 64)) < 0.6
-    sizes = {"q_tokens": offset + tokens, "kv_tokens": offset + tokens, "block_q": 64, "block_kv": 64}
-    if cos is not None:
-        cos, sin = cos[: offset + tokens], sin[: offset + tokens]
-    symbols = SparseSymbols.from_masks(cache, None, **sizes)
-    expected = torch.stack(
-        [
-            reference.norm_rope(x[b], weight, cos, sin, symbols.cache[b], 1e-6, 64, offset)
-            for b in range(batch)
-        ]
-    )
-    target = on_gpu(x, padding)
-    arguments = [None if t is None else t.cuda() for t in (weight, cos, sin)]
-    assert norm_rope(target, *arguments, symbols=symbols.to("cuda"), row_offset=offset) is target
-    scale = 2.0 if weight is None else 1 + float(weight.abs().max())
-    reference.assert_close(target.cpu() / scale, expected / scale, dtype)
-    cached = ~token_mask(cache, tokens, 64, offset)
-    assert torch.equal(target.cpu()[cached], x[cached]), "cached tiles are untouched to the bit"
+def test_norm_rope(dtype: torch.dtype, dim: int, over: tuple, rope: bool, padding: int) -> None:
+    check_norm_rope(dtype, (11, 3), dim, over, rope, padding, 0.6)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("over", ["head", "all"])
+def test_norm_rope_at_every_density(over: str, density: float) -> None:
+    check_norm_rope(torch.bfloat16, (9, 9), 64, (over, "head"), True, 3, density)
+
+
+@pytest.mark.parametrize(
+    "heads, dim",
+    [(2, 64), (3, 72), (7, 96), (30, 80), (12, 128), (40, 128), (32, 64), (32, 128), (64, 256), (96, 256)],
+    ids=str,
+)
+@pytest.mark.parametrize("kv_heads", [1, 3, None])
+def test_norms_over_all_heads_of_every_width(heads: int, dim: int, kv_heads: int | None) -> None:
+    """One token takes from a warp to a whole CTA."""
+    check_norm_rope(torch.bfloat16, (heads, kv_heads or heads), dim, ("all", "all"), True, 0, 0.5)
+
+
+@pytest.mark.parametrize("heads", [(97, 2), (2, 97)])
+def test_a_norm_too_wide_is_refused_before_anything_runs(heads: tuple) -> None:
+    x, keys = (torch.full((1, 10, n, 256), 3.0, device="cuda").bfloat16() for n in heads)
+    weights = [torch.ones(n * 256, device="cuda").bfloat16() for n in heads]
+    with pytest.raises(
+        NotImplementedError, match="weight: expected a norm over at most 96 heads of 256, got 97"
+    ):
+        norm_rope(x, weights[0], None, None, keys=keys, keys_weight=weights[1])
+    assert bool((x == 3).all()) and bool((keys == 3).all())
 
 
 def test_what_the_gpu_does_not_take_is_refused() -> None:

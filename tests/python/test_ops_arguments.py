@@ -89,12 +89,14 @@ def norm_rope_arguments() -> dict[str, Any]:
         "sin": torch.ones(TOKENS, DIM),
         "symbols": SparseSymbols.ones(1, HEADS, TOKENS, TOKENS),
         "row_offset": 50,
+        "keys": torch.randn(1, 150, 1, DIM),
+        "keys_weight": torch.ones(DIM),
     }
 
 
 def norm_rope_mean_arguments() -> dict[str, Any]:
     arguments = norm_rope_arguments()
-    del arguments["symbols"]
+    del arguments["symbols"], arguments["keys"], arguments["keys_weight"]
     return arguments | {
         "mean": poison(1, 3, HEADS, DIM, dtype=torch.float32),
         "similarity": poison(1, 3, HEADS, dtype=torch.float32),
@@ -303,6 +305,13 @@ BAD = [
     ("norm_rope", {"x": ones(150, HEADS, DIM)}, ValueError, "^x: "),
     ("norm_rope", {"weight": ones(DIM + 1)}, ValueError, "^weight: "),
     ("norm_rope", {"weight": ones(DIM).half()}, TypeError, "^weight: "),
+    ("norm_rope", {"weight": ones(2 * HEADS * DIM)}, ValueError, r"^weight: .*\[64\].*\[128\].*256"),
+    ("norm_rope", {"keys": ones(1, 149, 1, DIM)}, ValueError, "^keys: "),
+    ("norm_rope", {"keys": ones(1, 150, 1, DIM).half()}, TypeError, "^keys: "),
+    ("norm_rope", {"keys": ones(150, 1, DIM)}, ValueError, "^keys: "),
+    ("norm_rope", {"keys": None}, TypeError, "^keys: .*keys_weight"),
+    ("norm_rope", {"keys_weight": ones(HEADS * DIM)}, ValueError, "^keys_weight: "),
+    ("norm_rope", {"keys_weight": ones(DIM).half()}, TypeError, "^keys_weight: "),
     ("norm_rope", {"cos": None}, TypeError, "^cos: "),
     ("norm_rope", {"cos": ones(TOKENS - 1, DIM)}, ValueError, "^cos: "),
     ("norm_rope", {"sin": ones(TOKENS, DIM).double()}, TypeError, "^sin: "),
@@ -339,6 +348,7 @@ BAD = [
     ("norm_rope_mean", {"mean": None}, TypeError, "^mean: "),
     ("norm_rope_mean", {"similarity": ones(1, 3, HEADS).half()}, TypeError, "^similarity: "),
     ("norm_rope_mean", {"block": 32}, ValueError, "^block: "),
+    ("norm_rope_mean", {"weight": ones(HEADS * DIM)}, NotImplementedError, "^weight: .*each head"),
     ("norm_rope_mean", {"sin": ones(TOKENS - 1, DIM)}, ValueError, "^sin: "),
     ("norm_rope_mean", {"row_offset": 51}, ValueError, "200"),
     ("select_flashomni", {"k_similarity": ones(1, 3, HEADS)}, ValueError, "^k_similarity: "),

@@ -5,7 +5,19 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import BLOCKS, DTYPES, HEAD_DIMS, random, random_symbols, set_padding, strided, token_mask
+from inputs import (
+    BLOCKS,
+    DTYPES,
+    HEAD_DIMS,
+    norm_weight,
+    poison_unread,
+    random,
+    random_symbols,
+    same_bits,
+    set_padding,
+    strided,
+    token_mask,
+)
 
 from flashomni import (
     SparseSymbols,
@@ -261,24 +273,30 @@ def rope_table(generator, tokens, head_dim):
     seed=st.integers(0, 2**32 - 1),
     batch=st.integers(1, 2),
     tokens=st.integers(1, 150),
-    heads=st.integers(1, 3),
+    heads=st.integers(1, 5),
     head_dim=st.sampled_from(HEAD_DIMS),
     dtype=st.sampled_from(DTYPES),
     row_offset=st.sampled_from([0, 16, 77, 226, 512]),
-    parts=st.sampled_from(["norm", "rope", "both"]),
-    sparse=st.booleans(),
+    over=st.sampled_from(["head", "all", "none"]),
+    rope=st.booleans(),
+    density=st.sampled_from([None, 0.0, 0.2, 0.6, 1.0]),
     view=st.booleans(),
 )
-def test_norm_rope(seed, batch, tokens, heads, head_dim, dtype, row_offset, parts, sparse, view) -> None:
+def test_norm_rope(
+    seed, batch, tokens, heads, head_dim, dtype, row_offset, over, rope, density, view
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = random(generator, batch, tokens, heads, head_dim, dtype=dtype)
-    weight = None if parts == "rope" else random(generator, head_dim, dtype=dtype)
-    cos, sin = (None, None) if parts == "norm" else rope_table(generator, row_offset + tokens + 9, head_dim)
-    symbols = None
-    if sparse:
-        symbols = random_symbols(generator, batch, heads, *(row_offset + tokens + 9,) * 2, (64, 64))
+    weight = norm_weight(generator, over, heads, head_dim, dtype)
+    cos, sin = rope_table(generator, row_offset + tokens + 9, head_dim) if rope else (None, None)
+    symbols, active = None, torch.ones(batch, tokens, heads, dtype=torch.bool)
+    if density is not None:
+        sizes = (row_offset + tokens + 9,) * 2
+        symbols = random_symbols(generator, batch, heads, *sizes, (64, 64), density)
+        active = token_mask(symbols.masks()[0], tokens, 64, row_offset)
+        x = poison_unread(x, active, over)
     cache = [None] * batch if symbols is None else symbols.cache
-    block_q = 64 if sparse else 128
+    block_q = 64 if symbols is not None else 128
     expected = torch.stack(
         [
             reference.norm_rope(x[b], weight, cos, sin, cache[b], 1e-6, block_q, row_offset)
@@ -288,13 +306,39 @@ def test_norm_rope(seed, batch, tokens, heads, head_dim, dtype, row_offset, part
     target = strided(x) if view else x.clone()
     got = norm_rope(target, weight, cos, sin, symbols=symbols, row_offset=row_offset)
     assert got is target
-    scale = (
-        1 + float(weight.abs().max()) if weight is not None else 2.0
-    )  # values are not of order 1: rows are
-    reference.assert_close(target / scale, expected / scale, dtype)
-    if symbols is not None:
-        cached = ~token_mask(symbols.masks()[0], tokens, 64, row_offset)
-        assert torch.equal(target[cached], x[cached]), "cached tiles are untouched to the bit"
+    # Values are not of order 1: rows are.
+    scale = 1 + float(weight.abs().max()) if weight is not None else 2.0
+    reference.assert_close(target[active] / scale, expected[active] / scale, dtype)
+    assert same_bits(target[~active], x[~active]), "cached tiles are untouched to the bit"
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(1, 150),
+    heads=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    dtype=st.sampled_from(DTYPES),
+    over=st.tuples(*[st.sampled_from(["head", "all", "none"])] * 2),
+    rope=st.booleans(),
+)
+def test_keys_in_the_same_call(seed, tokens, heads, head_dim, dtype, over, rope) -> None:
+    """To the bit what two calls do, of which the keys' takes no symbols."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (random(generator, 2, tokens, n, head_dim, dtype=dtype) for n in heads)
+    weight, keys_weight = (
+        norm_weight(generator, o, n, head_dim, dtype) for o, n in zip(over, heads, strict=True)
+    )
+    cos, sin = rope_table(generator, 40 + tokens, head_dim) if rope else (None, None)
+    symbols = random_symbols(generator, 2, heads[0], 40 + tokens, 40 + tokens, (64, 64))
+    options = {"eps": 1e-5, "row_offset": 40}
+    wanted = norm_rope(q.clone(), weight, cos, sin, symbols=symbols, **options)
+    wanted_k = norm_rope(k.clone(), keys_weight, cos, sin, **options)
+    got, keys = strided(q), strided(k)
+    assert (
+        norm_rope(got, weight, cos, sin, symbols=symbols, keys=keys, keys_weight=keys_weight, **options)
+        is got
+    )
+    assert torch.equal(got, wanted) and torch.equal(keys, wanted_k)
 
 
 def test_rope_is_diffusers() -> None:
@@ -322,6 +366,20 @@ def test_norm_is_torchs() -> None:
     x, weight = torch.randn(2, 40, 3, 64), torch.randn(64)
     expected = torch.nn.functional.rms_norm(x, (64,), weight, 1e-5)
     torch.testing.assert_close(norm_rope(x.clone(), weight, None, None, eps=1e-5), expected)
+    weight = torch.randn(3 * 64)
+    expected = torch.nn.functional.rms_norm(x.flatten(2), (3 * 64,), weight, 1e-5).view_as(x)
+    torch.testing.assert_close(norm_rope(x.clone(), weight, None, None, eps=1e-5), expected)
+
+
+def test_a_norm_over_forty_heads() -> None:
+    """As wide as a model of 14 B parameters has it, in a stride that is no multiple of its runs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = random(generator, 40 * 128, dtype=torch.bfloat16)
+    x = random(generator, 1, 70, 41, 129, dtype=torch.bfloat16)[:, :, :40, :128]
+    cos, sin = rope_table(generator, 70, 128)
+    expected = reference.norm_rope(x[0], weight, cos, sin, None, 1e-6, 128, 0)
+    scale = 1 + float(weight.abs().max())
+    reference.assert_close(norm_rope(x, weight, cos, sin)[0] / scale, expected / scale, torch.bfloat16)
 
 
 @given(

@@ -79,7 +79,10 @@ def samples() -> dict[str, tuple]:
             *(s.cache, s.skip, torch.zeros(1, 1, dtype=torch.uint8), torch.zeros(2, HEADS)),
             *(torch.zeros(1, dtype=torch.uint8), HEADS, TOKENS, TOKENS, 128, 64),
         ),
-        "norm_rope": (q, torch.ones(DIM), table, table, s.cache, 1e-6, 0, TOKENS, 128),
+        "norm_rope": (
+            *(q, torch.ones(DIM), table, table, s.cache, torch.randn_like(q), torch.ones(HEADS * DIM)),
+            *(1e-6, 0, TOKENS, 128),
+        ),
         "norm_rope_mean": (
             *(q, torch.ones(DIM), table, table, torch.zeros(1, 5, HEADS, DIM), torch.zeros(1, 5, HEADS)),
             *(1e-6, 0, TOKENS, 64),
@@ -258,7 +261,7 @@ def test_the_schemas_tell_what_is_written() -> None:
         "block_mean": {"out", "similarity"},
         "select_flashomni": {"cache", "skip"},
         "summarize_symbols": {"rows", "shares", "awake"},
-        "norm_rope": {"x"},
+        "norm_rope": {"x", "keys"},
         "norm_rope_mean": {"x", "mean", "similarity"},
         "taylor_update": {"derivatives", "scales"},
         "taylor_forecast": {"out"},

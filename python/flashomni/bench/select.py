@@ -1,4 +1,5 @@
-"""Choosing symbols (block means, selection, planning) and forecasting, as shares of one dense attention."""
+"""Choosing symbols (block means, selection, planning) as shares of one dense attention; norms with RoPE, and
+forecasting, as shares of copy bandwidth."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from flashomni.symbols import SparseSymbols
 TEXT = 16  # tokens, as in tiny_flux
 TAU_Q, TAU_KV = 0.5, 0.15
 ORDERS = (0, 1, 2)  # of the forecasts
+WIDE = (40, 128)  # heads and head_dim of a norm over all heads, as Wan 14B has it
 
 
 def make_symbols(q: torch.Tensor, k: torch.Tensor, block: int) -> Callable[[], object]:
@@ -60,6 +62,27 @@ def select_arms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -
         arms["planning"] = lambda: ops.sparse_attention(q, k, v, nothing, out=out)
         arms["means, selection and planning"] = lambda: (make(), arms["planning"]())
     return arms
+
+
+def norm_arms(q: torch.Tensor, k: torch.Tensor) -> dict[str, tuple[float, Callable]]:
+    """By name: how many tensors of q's size are moved, and the arm. Tables of rotations do not count."""
+
+    def tables(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return (torch.ones(q.shape[1], head_dim, device=q.device),) * 2
+
+    x, keys, weight, each = q.clone(), k.clone(), torch.ones_like(q[0, 0, 0]), tables(q.shape[-1])
+    wide = torch.randn(*q.shape[:2], *WIDE, device=q.device).to(q.dtype)
+    wide_weight, wide_tables = torch.ones_like(wide[0, 0]).flatten(), tables(WIDE[1])
+    return {
+        "norm and RoPE of q and k": (
+            4,
+            lambda: ops.norm_rope(x, weight, *each, keys=keys, keys_weight=weight),
+        ),
+        f"norm over {WIDE[0]} heads of {WIDE[1]}, and RoPE": (
+            2 * wide.numel() / q.numel(),
+            lambda: ops.norm_rope(wide, wide_weight, *wide_tables),
+        ),
+    }
 
 
 def forecast_arms(like: torch.Tensor) -> dict[str, tuple[float, Callable]]:
@@ -125,7 +148,7 @@ def run(
     seed: int = 0,
     device: str = "cpu",
 ) -> list[dict]:
-    """Rows of suites "select" and "forecast". Baselines: one dense attention; for the forecast, a copy.
+    """Rows of suites "select", "norm" and "forecast". Baselines: one dense attention; for the others, a copy.
 
     copy_share: bytes moved a second, as a share of what the copy moves. On a GPU, kernels_us: microseconds of
     each kernel by itself.
@@ -135,8 +158,9 @@ def run(
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     bq, bk, bv = (t.transpose(1, 2).contiguous() for t in (q, k, v))
     out = torch.empty_like(q)
-    selecting, forecasting = select_arms(q, k, v, block), forecast_arms(q)
-    arms = selecting | {name: arm for name, (_, arm) in forecasting.items()}
+    selecting, norming, forecasting = select_arms(q, k, v, block), norm_arms(q, k), forecast_arms(q)
+    moving = norming | forecasting
+    arms = selecting | {name: arm for name, (_, arm) in moving.items()}
     arms["sdpa"] = lambda: F.scaled_dot_product_attention(bq, bk, bv)
     arms["copy"] = lambda: out.copy_(q)
     if q.is_cuda:
@@ -145,7 +169,7 @@ def run(
     dense = 4.0 * heads * head_dim * tokens * tokens
     kernels = cuda.kernels_us(selecting) if q.is_cuda else {}
     rows = []
-    for name in (*selecting, *forecasting):
+    for name in (*selecting, *moving):
         case = {
             "what": name,
             "seqlen": tokens,
@@ -160,7 +184,8 @@ def run(
             if q.is_cuda:
                 rows[-1]["kernels_us"] = kernels[name]
             continue
-        found = harness.row("forecast", case, ms[name], None, ("torch_copy", ms["copy"], None))
-        found["copy_share"] = forecasting[name][0] / 2 * ms["copy"] / ms[name]
+        suite = "norm" if name in norming else "forecast"
+        found = harness.row(suite, case, ms[name], None, ("torch_copy", ms["copy"], None))
+        found["copy_share"] = moving[name][0] / 2 * ms["copy"] / ms[name]
         rows.append(found)
     return rows

@@ -7,9 +7,8 @@ from flashomni.engine.linear import (
     LinearRows,
     apply_linear,
     linear_tiles,
-    norm_across_heads,
+    norm_and_rope,
     why_no_norm,
-    why_no_wide_norm,
     why_not_plain,
 )
 from flashomni.engine.stats import RunStats
@@ -24,8 +23,7 @@ __all__ = [
     "apply_linear",
     "follow",
     "linear_tiles",
-    "norm_across_heads",
+    "norm_and_rope",
     "why_no_norm",
-    "why_no_wide_norm",
     "why_not_plain",
 ]

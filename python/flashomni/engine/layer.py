@@ -16,8 +16,7 @@ from flashomni.engine.linear import (
     add_product,
     apply_linear,
     linear_tiles,
-    norm_across_heads,
-    norm_and_rope,
+    norm_and_rope_pair,
     weight_and_bias,
     why_not_plain,
 )
@@ -212,16 +211,11 @@ class LayerRun:
                 apply_linear(stream.k, stream.x, flat_k, keys, row_offset=start)
                 apply_linear(stream.v, stream.x, flat_v, keys, row_offset=start)
             with engine.ledger("norm_rope"):
-                norm_q, norm_k = stream.norm_q, stream.norm_k
-                if stream.across_heads:
-                    norm_across_heads(norm_q, q)
-                    norm_across_heads(norm_k, k)
-                    norm_q = norm_k = None
+                norms, options = (stream.norm_q, stream.norm_k), {"across_heads": stream.across_heads}
                 if measures is not None:
-                    measures.norm_and_rope((norm_q, norm_k), start, count, a.rope)
-                    continue
-                norm_and_rope(norm_q, q, a.rope, symbols, row_offset=start)
-                norm_and_rope(norm_k, k, a.rope, row_offset=start)
+                    measures.norm_and_rope(norms, start, count, a.rope, **options)
+                else:
+                    norm_and_rope_pair(norms, q, k, a.rope, symbols, row_offset=start, **options)
         with engine.ledger("attention"):
             if a.valid is None:
                 ops.sparse_attention(*whole, symbols, out=self.o4)

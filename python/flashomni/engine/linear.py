@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from flashomni import ops
 from flashomni.symbols import SparseSymbols
 
+# How queries and keys are rotated: (cos, sin), float32 [tokens, D], or a function of x and its first row.
+Rope = tuple[Tensor, Tensor] | Callable[[Tensor, int], None] | None
+
 _APPROXIMATE = {"gelu_tanh": "tanh", "gelu": "none"}  # gemm_q's names of activations, by torch's
 
 
@@ -143,7 +146,7 @@ def apply_linear(
 
 
 def why_no_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
-    """None if norm_rope can do `module` (an RMS norm over the head, or no norm at all); else why not."""
+    """None if norm_rope can do `module` (an RMS norm over one head or all, or no norm); else why not."""
     if module is None:
         return None
     if type(module).__name__ != "RMSNorm" or not type(module).__module__.startswith(
@@ -158,43 +161,65 @@ def why_no_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
     return None if _untouched(module) else "has hooks on its forward"
 
 
-def why_no_wide_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
-    """None: a norm over all heads is always called as a module, and loses nothing by it."""
-    return None
-
-
-def norm_across_heads(module: nn.Module | None, x: Tensor) -> None:
-    """x [B, M, H, D] = module(x [B, M, H * D]) in place."""
-    if module is not None:
-        x.copy_(module(x.flatten(2)).unflatten(2, x.shape[2:]))
-
-
-def norm_weight(module: nn.Module | None, x: Tensor) -> tuple[Tensor | None, float]:
+def norm_weight(
+    module: nn.Module | None, x: Tensor, *, across_heads: bool = False
+) -> tuple[Tensor | None, float]:
     """Weight and eps of a norm that norm_rope can do; (None, 1e-6) without one.
 
-    Other modules are called on x, in place."""
+    Other modules are called on x [B, M, H, D], in place: across_heads, as [B, M, H * D]."""
     if module is None:
         return None, 1e-6
-    if why_no_norm(module, x.dtype) is not None:
-        x.copy_(module(x))
+    weight = _attribute(module, "weight")
+    width = x.shape[2] * x.shape[3] if across_heads else x.shape[3]
+    if why_no_norm(module, x.dtype) is not None or weight.shape != (width,):  # which the module then says
+        x.copy_(module(x.flatten(2)).unflatten(2, x.shape[2:]) if across_heads else module(x))
         return None, 1e-6
     eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
-    return _attribute(module, "weight"), eps
+    return weight, eps
 
 
 def norm_and_rope(
-    module: nn.Module | None,
+    norm: nn.Module | None,
     x: Tensor,
-    rope: tuple[Tensor, Tensor] | Callable[[Tensor, int], None] | None,
+    rope: Rope,
     symbols: SparseSymbols | None = None,
     *,
     row_offset: int = 0,
+    across_heads: bool = False,
 ) -> None:
-    """x = rope(norm(x)) in place on active tiles. x [B, M, H, D]; rope (cos, sin), float32 [tokens, D], or a
-    function of x and its first row."""
+    """x = rope(norm(x)) in place on active tiles. x [B, M, H, D]; across_heads: the norm is over all H."""
     cos, sin = rope if isinstance(rope, tuple) else (None, None)
-    weight, eps = norm_weight(module, x)
+    weight, eps = norm_weight(norm, x, across_heads=across_heads)
     if weight is not None or cos is not None:
         ops.norm_rope(x, weight, cos, sin, eps=eps, symbols=symbols, row_offset=row_offset)
     if callable(rope):
         rope(x, row_offset)
+
+
+def norm_and_rope_pair(
+    norms: tuple[nn.Module | None, nn.Module | None],
+    q: Tensor,
+    k: Tensor,
+    rope: Rope,
+    symbols: SparseSymbols | None = None,
+    *,
+    row_offset: int = 0,
+    across_heads: bool = False,
+) -> None:
+    """norm_and_rope of q on active tiles and of the same tokens' k on all: where eps agree, in one launch."""
+    norm_q, norm_k = norms
+    options = {"row_offset": row_offset, "across_heads": across_heads}
+    if getattr(norm_q, "eps", None) != getattr(norm_k, "eps", None):
+        norm_and_rope(norm_q, q, rope, symbols, **options)
+        norm_and_rope(norm_k, k, rope, **options)
+        return
+    cos, sin = rope if isinstance(rope, tuple) else (None, None)
+    weight, eps = norm_weight(norm_q, q, across_heads=across_heads)
+    k_weight, k_eps = norm_weight(norm_k, k, across_heads=across_heads)
+    if weight is not None or k_weight is not None or cos is not None:
+        eps = k_eps if weight is None else eps
+        options = {"eps": eps, "symbols": symbols, "row_offset": row_offset}
+        ops.norm_rope(q, weight, cos, sin, keys=k, keys_weight=k_weight, **options)
+    if callable(rope):
+        rope(q, row_offset)
+        rope(k, row_offset)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from flashomni import ops
-from flashomni.engine.linear import norm_and_rope, norm_weight
+from flashomni.engine.linear import Rope, norm_and_rope, norm_weight
 from flashomni.policies import Stats
 from flashomni.symbols import SparseSymbols
-
-Rope = tuple[Tensor, Tensor] | Callable[[Tensor, int], None] | None  # as engine.linear's norm_and_rope
 
 
 class BlockMeasure:
     """Means, and if asked for self-similarities, over the blocks of q or k, x [B, S, H, D].
 
     Rows come in streams of the joint sequence. Those that are whole blocks are measured in the same read as
-    their norm and RoPE, unless a function rotates them; else finish() reads all of x once more.
+    their norm and RoPE, unless a norm is over all heads or a function rotates; else finish() reads all of x
+    once more.
     """
 
     def __init__(self, x: Tensor, block: int, similar: bool):
@@ -30,16 +27,18 @@ class BlockMeasure:
         self.similarity = torch.empty(shape, dtype=torch.float32, device=x.device) if similar else None
         self._complete = True
 
-    def norm_and_rope(self, module: nn.Module | None, start: int, rows: int, rope: Rope) -> None:
+    def norm_and_rope(
+        self, norm: nn.Module | None, start: int, rows: int, rope: Rope, *, across_heads: bool
+    ) -> None:
         """As engine.linear's, on rows start .. start + rows."""
         x, end, block = self.x[:, start : start + rows], start + rows, self.block
         whole = start % block == 0 and (end % block == 0 or end == self.x.shape[1])
-        if not whole or callable(rope):
+        if not whole or across_heads or callable(rope):
             self._complete = False
-            norm_and_rope(module, x, rope, row_offset=start)
+            norm_and_rope(norm, x, rope, row_offset=start, across_heads=across_heads)
             return
         blocks = slice(start // block, -(-end // block))
-        weight, eps = norm_weight(module, x)
+        weight, eps = norm_weight(norm, x)
         cos, sin = rope if rope is not None else (None, None)
         similarity = None if self.similarity is None else self.similarity[:, blocks]
         ops.norm_rope_mean(
@@ -67,13 +66,14 @@ class Measures:
         similar = "k_similarity" in needs
         self.k = BlockMeasure(k, symbols.block_kv, similar) if similar or "k_mean" in needs else None
 
-    def norm_and_rope(self, norms: tuple, start: int, rows: int, rope: Rope) -> None:
+    def norm_and_rope(self, norms: tuple, start: int, rows: int, rope: Rope, *, across_heads: bool) -> None:
         """norms: the modules of q and of k, each may be None."""
-        for x, measure, module in zip(self.x, (self.q, self.k), norms, strict=True):
-            if measure is None:
-                norm_and_rope(module, x[:, start : start + rows], rope, row_offset=start)
-            else:
-                measure.norm_and_rope(module, start, rows, rope)
+        for x, measure, norm in zip(self.x, (self.q, self.k), norms, strict=True):
+            if measure is not None:
+                measure.norm_and_rope(norm, start, rows, rope, across_heads=across_heads)
+                continue
+            x = x[:, start : start + rows]
+            norm_and_rope(norm, x, rope, row_offset=start, across_heads=across_heads)
 
     def stats(self) -> Stats:
         """Once every stream has been through."""

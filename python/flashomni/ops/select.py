@@ -21,7 +21,7 @@ from flashomni.symbols import SparseSymbols
 _MEAN = Native("block_mean", "x, out?, similarity?")
 _SELECT = Native("select_flashomni", "q_mean, k_mean, symbols.cache, symbols.skip, ramp?, k_similarity?")
 _SUMMARIZE = Native("summarize_symbols", "symbols.cache, symbols.skip, rows, shares, awake")
-_NORM = Native("norm_rope", "x, weight?, cos?, sin?, symbols.cache?")
+_NORM = Native("norm_rope", "x, weight?, cos?, sin?, symbols.cache?, keys?, keys_weight?")
 _NORM_MEAN = Native("norm_rope_mean", "x, weight?, cos?, sin?, mean, similarity?")
 
 
@@ -62,8 +62,8 @@ _summarize_operator = define(
     no_result,
 )
 _norm_operator = define(
-    "norm_rope(Tensor(a!) x, Tensor? weight, Tensor? cos, Tensor? sin, Tensor? cache, float eps, "
-    "int row_offset, int tokens, int block_q) -> ()",
+    "norm_rope(Tensor(a!) x, Tensor? weight, Tensor? cos, Tensor? sin, Tensor? cache, Tensor(b!)? keys, "
+    "Tensor? keys_weight, float eps, int row_offset, int tokens, int block_q) -> ()",
     _call_norm,
     no_result,
 )
@@ -175,14 +175,20 @@ def norm_rope(
     eps: float = 1e-6,
     symbols: SparseSymbols | None = None,
     row_offset: int = 0,
+    keys: Tensor | None = None,
+    keys_weight: Tensor | None = None,
 ) -> Tensor:
-    """x = rope(rms_norm(x) * weight), in place on active tiles.
+    """x = rope(rms_norm(x) * weight), in place on active tiles; and of keys on all tiles.
 
     x: [B, N, H, D], any strides whose last is 1 (a view into a fused qkv will do): rows
-        row_offset..row_offset + N of the joint sequence. weight: [D] of x's dtype; None: no norm.
+        row_offset..row_offset + N of the joint sequence.
+    weight: of x's dtype: [D], a norm over each head; [H * D], one norm over all heads of a token, whose
+        cached tiles are then read too where its row block has an active one; None: no norm.
     cos, sin: float32 [tokens, D], the joint sequence's rows, with pairs (2i, 2i + 1) as diffusers' FLUX has
         them; both None: no rotation.
     symbols: their cache bits; cached tiles stay as they were.
+    keys: [B, N, H_k, D] of the same tokens, x's dtype and device: normed and rotated in the same launch,
+        whatever the symbols say. keys_weight: [D], [H_k * D] or None, in place of weight.
 
     Returns x. Raises ValueError, TypeError or NotImplementedError that names the argument, RuntimeError for
     tensors that require grad.
@@ -190,7 +196,7 @@ def norm_rope(
     cache, cache_indptr = tile_arguments(symbols)
     if cache_indptr is not None:
         raise ValueError("symbols: expected [batch, bytes] without indptr, got ragged bits")
-    direct = _NORM.is_direct((x, weight, cos, sin, cache))
+    direct = _NORM.is_direct((x, weight, cos, sin, cache, keys, keys_weight))
     expect_dims("x", x, "B, N, H, D")
     expect_integer("row_offset", row_offset)
     block_q = 128
@@ -200,7 +206,9 @@ def norm_rope(
         tokens, block_q = symbols.q_tokens, symbols.block_q
     else:
         tokens = row_offset + x.shape[1] if cos is None else cos.shape[0]
-    (_call_norm if direct else _norm_operator)(x, weight, cos, sin, cache, eps, row_offset, tokens, block_q)
+    (_call_norm if direct else _norm_operator)(
+        x, weight, cos, sin, cache, keys, keys_weight, eps, row_offset, tokens, block_q
+    )
     return x
 
 
@@ -218,8 +226,8 @@ def norm_rope_mean(
 ) -> Tensor:
     """norm_rope on all of x, then block_mean of the result: on a GPU in one read and one write.
 
-    x, weight, cos, sin, eps, row_offset: as norm_rope takes them. Blocks of `block` tokens are counted from
-        x's first row.
+    x, weight, cos, sin, eps, row_offset: as norm_rope takes them, but for norms over all heads. Blocks of
+        `block` tokens are counted from x's first row.
     mean: float32 [B, ceil(N / block), H, D], similarity: float32 [B, ceil(N / block), H] or None; both
         written. Means are of x's rounded values, as attention sees them.
 

@@ -1,5 +1,6 @@
-// What the kernels that norm and rotate rows share: the problem, and the arithmetic of a run of columns. A group of
-// lanes holds a row, a run each; how many is the next power of two that holds the row's runs.
+// What the kernels that norm and rotate rows share: the problem, and the arithmetic of a run of columns. Where each
+// head has a norm of its own, a group of lanes holds its row, a run each; how many is the next power of two that
+// holds the row's runs.
 #pragma once
 
 #include "src/cuda/common/elementwise.h"
@@ -18,21 +19,42 @@ struct NormRopeProblem {
   bool aligned, weight_aligned, tables_aligned;
 };
 
-inline NormRopeProblem problem_of(const NormRopeArguments& a) {
+/// Of `x` in place of a.x, with a weight and symbols of its own.
+inline NormRopeProblem problem_of(const NormRopeArguments& a, const TensorView& x, const TensorView& weight,
+                                  const TensorView& cache) {
   NormRopeProblem p{};
-  p.x = a.x.data;
-  for (int i = 0; i < 3; ++i) p.strides[i] = a.x.strides[i];
-  if (a.weight.present()) p.weight = a.weight.data, p.weight_aligned = runs_aligned(a.weight);
+  p.x = x.data;
+  for (int i = 0; i < 3; ++i) p.strides[i] = x.strides[i];
+  if (weight.present()) p.weight = weight.data, p.weight_aligned = runs_aligned(weight);
   if (a.cos.present()) {
     p.cos = a.cos.as<const float>(), p.sin = a.sin.as<const float>();
     p.cos_stride = a.cos.strides[0], p.sin_stride = a.sin.strides[0];
     p.tables_aligned = runs_aligned(a.cos) && runs_aligned(a.sin);
   }
-  if (a.cache.present()) p.cache = a.cache.as<const uint8_t>(), p.cache_stride = a.cache.strides[0];
+  if (cache.present()) p.cache = cache.as<const uint8_t>(), p.cache_stride = cache.strides[0];
   p.row_offset = a.row_offset, p.block_q = a.block_q, p.eps = a.eps;
-  p.rows = static_cast<int>(a.x.size(1)), p.heads = static_cast<int>(a.x.size(2));
-  p.dim = static_cast<int>(a.x.size(3)), p.aligned = runs_aligned(a.x);
+  p.rows = static_cast<int>(x.size(1)), p.heads = static_cast<int>(x.size(2));
+  p.dim = static_cast<int>(x.size(3)), p.aligned = runs_aligned(x);
   return p;
+}
+
+/// What one launch does: x, the keys, or both. The grid's z counts batch elements of the first, then of the other.
+struct NormRopeProblems {
+  NormRopeProblem of[2];
+  int count, batch;
+
+  void add(const NormRopeProblem& problem) { of[count++] = problem; }
+  int most_heads() const { return count == 2 && of[1].heads > of[0].heads ? of[1].heads : of[0].heads; }
+  unsigned grid_z() const { return static_cast<unsigned>(count) * static_cast<unsigned>(batch); }
+};
+
+/// The norms of all of them are over all heads of a token.
+void norm_rope_across_heads(const NormRopeProblems& problems, DType dtype, cudaStream_t stream);
+
+__device__ inline bool is_active(const NormRopeProblem& p, const uint8_t* bits, int64_t position, int head) {
+  if (bits == nullptr) return true;
+  const int64_t bit = position / p.block_q * p.heads + head;
+  return bits[bit >> 3] >> (bit & 7) & 1;
 }
 
 /// Calls f with the lanes of a group as a constant.
@@ -55,23 +77,38 @@ __device__ inline void load_floats(const float* from, bool aligned, float (&valu
   }
 }
 
-/// Over a group's row; every lane has the result. All lanes of the warp take part.
-template <int kLanes>
-__device__ inline float sum_of_squares(const float (&values)[kRun]) {
+__device__ inline float squares_of_run(const float (&values)[kRun]) {
   float squares = 0;
 #pragma unroll
   for (int i = 0; i < kRun; ++i) squares += values[i] * values[i];
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2)
-    squares += __shfl_xor_sync(~0u, squares, distance);
   return squares;
+}
+
+/// Over a group of lanes; every lane has the result. All lanes of the warp take part.
+template <int kLanes>
+__device__ inline float sum_of_lanes(float value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  return value;
+}
+
+template <int kLanes>
+__device__ inline float sum_of_squares(const float (&values)[kRun]) {
+  return sum_of_lanes<kLanes>(squares_of_run(values));
+}
+
+__device__ inline float norm_factor(const NormRopeProblem& p, float squares, int count) {
+  return 1.0f / sqrtf(squares / static_cast<float>(count) + p.eps);
+}
+
+__device__ inline void scale(float factor, const float (&weight)[kRun], float (&values)[kRun]) {
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) values[i] *= factor * weight[i];
 }
 
 template <int kLanes>
 __device__ inline void normalize(const NormRopeProblem& p, const float (&weight)[kRun], float (&values)[kRun]) {
-  const float factor = 1.0f / sqrtf(sum_of_squares<kLanes>(values) / static_cast<float>(p.dim) + p.eps);
-#pragma unroll
-  for (int i = 0; i < kRun; ++i) values[i] *= factor * weight[i];
+  scale(norm_factor(p, sum_of_squares<kLanes>(values), p.dim), weight, values);
 }
 
 __device__ inline void rotate(const float (&cosine)[kRun], const float (&sine)[kRun], float (&values)[kRun]) {

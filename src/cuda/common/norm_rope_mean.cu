@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kThreads, kHeads == 2 && !kSimilarity ? 4 : 3)
       const float total = units[h].template total<kLanes>(d);
       squares += total * total;
     }
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) squares += __shfl_xor_sync(~0u, squares, distance);
+    squares = sum_of_lanes<32>(squares);
     if (lane == 0) {
       q.similarity[batch * q.similarity_strides[0] + blockIdx.x * q.similarity_strides[1] +
                    (first_head + h) * q.similarity_strides[2]] = squares / static_cast<float>(rows * rows);
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kHeads == 2 && !kSimilarity ? 4 : 3)
 
 void norm_rope_mean(const NormRopeMeanArguments& a, const Context& context) {
   NormRopeMeanProblem p{};
-  p.rows = problem_of(a.rows);
+  p.rows = problem_of(a.rows, a.rows.x, a.rows.weight, a.rows.cache);
   p.mean = a.mean.as<float>(), p.block = a.block;
   for (int i = 0; i < 3; ++i) p.mean_strides[i] = a.mean.strides[i];
   if (a.similarity.present()) {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flashomni.diffusers.blocks.compiled import InGraph
 from flashomni.diffusers.call import Call, Joint
-from flashomni.engine import Stream, why_no_norm, why_no_wide_norm, why_not_plain
+from flashomni.engine import Stream, why_no_norm, why_not_plain
 from flashomni.engine.memory import LayerShape
 
 Restore = Callable[[], None]
@@ -134,7 +134,7 @@ class Layer:
             self.look(attention, name, why_not_plain)
         for name in (stream.norm_q, stream.norm_k):
             if name is not None and not stream.other_norms:
-                self.look(attention, name, why_no_wide_norm if stream.across_heads else why_no_norm)
+                self.look(attention, name, why_no_norm)
         if stream.out is not None and optional_part(attention, stream.out) is not None:
             self.gemm_o &= self.look(attention, stream.out, why_not_plain)
 

@@ -13,7 +13,7 @@ from flashomni import ops
 from flashomni.diffusers.blocks.base import Layer, Processor, part
 from flashomni.diffusers.blocks.feed_forward import Following
 from flashomni.diffusers.call import Call
-from flashomni.engine import apply_linear, follow, linear_tiles, norm_across_heads, why_not_plain
+from flashomni.engine import apply_linear, follow, linear_tiles, norm_and_rope, why_not_plain
 from flashomni.symbols import SparseSymbols
 
 _ROW_LINEARS = ("to_q", "to_out.0")  # what rows go through on their own
@@ -69,9 +69,9 @@ class FollowingCrossAttention(Processor):
             q = engine.buffers.take("q", (*x.shape[:2], *heads), x)
             o = engine.buffers.take("o", (*x.shape[:2], attn.inner_dim), x)
             apply_linear(attn.to_q, x, q.flatten(2), rows)
-            norm_across_heads(attn.norm_q, q)
-            state = engine.contexts.get(engine.context, self.following.layer)
-            self._look(q, self._keys(attn, text), state.spread_rows, o.unflatten(2, heads))
+            active = engine.contexts.get(engine.context, self.following.layer).spread_rows
+            norm_and_rope(attn.norm_q, q, None, active, across_heads=True)
+            self._look(q, self._keys(attn, text), active, o.unflatten(2, heads))
             return linear_tiles(o, part(attn, "to_out.0").weight, part(attn, "to_out.0").bias, rows, out=out)
 
     def _look(

@@ -64,8 +64,8 @@ TEXTLESS = (
     "least."
 )
 ACROSS_HEADS = (
-    "Query and key norms run over all heads at once: GEMM-Q skips a row block only where it is cached in all "
-    "heads; the norms themselves, and the keys', are dense."
+    "Query and key norms run over all heads at once: GEMM-Q and the queries' norm skip row blocks that are "
+    "cached in all heads; the keys' norm is dense."
 )
 CROSS_DENSE = "Outside of FlashOmni: cross-attention, which is dense and never reused."
 
