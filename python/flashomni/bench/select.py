@@ -60,6 +60,7 @@ def select_arms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -
         nothing = SparseSymbols.zeros(1, heads, tokens, tokens, block, block, q.device)
         out, make = torch.zeros_like(q), make_symbols(q, k, block)
         arms["planning"] = lambda: ops.sparse_attention(q, k, v, nothing, out=out)
+        arms["selection and planning"] = lambda: (arms["selection"](), arms["planning"]())
         arms["means, selection and planning"] = lambda: (make(), arms["planning"]())
     return arms
 

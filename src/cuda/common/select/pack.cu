@@ -45,6 +45,7 @@ __device__ uint8_t cache_byte(const SelectProblem& p, int batch, int64_t k) {
 }
 
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ SelectProblem p) {
+  let_next_start();
   wait_for_previous();
   const int batch = blockIdx.y;
   const bool none = reuses_all(p, batch);

@@ -132,7 +132,7 @@ AttentionParameters parameters_of(const AttentionArguments& a, const Problem& pr
   p.head_dim = static_cast<int>(head_dim_of(a));
   p.kv_group = static_cast<int>(heads_of(a.q) / heads_of(a.k));
   const float scale = a.scale == 0 ? 1 / std::sqrt(static_cast<float>(p.head_dim)) : a.scale;
-  p.scale_log2 = scale * 1.4426950408889634f;
+  p.scale_log2 = scale * 1.4426950408889634f, p.inverse_scale_log2 = 1.0f / p.scale_log2;
   return p;
 }
 
@@ -152,10 +152,8 @@ void attention(const AttentionArguments& a, const Context& context) {
   auto* workspace = static_cast<unsigned char*>(context.workspace);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   const AttentionParameters p = parameters_of(a, problem, grouping, layout, workspace);
-  if (problem.summaries && a.k_mean.numel() > 0) {
-    convert_summaries(a.k_mean, a.q.dtype, workspace + layout.k_mean, stream);
-    convert_summaries(a.v_mean, a.q.dtype, workspace + layout.v_mean, stream);
-  }
+  if (problem.summaries && a.k_mean.numel() > 0)
+    convert_summaries(a.k_mean, a.v_mean, a.q.dtype, workspace + layout.k_mean, workspace + layout.v_mean, stream);
   uint32_t* partial =
       problem.block_len != nullptr ? reinterpret_cast<uint32_t*>(workspace + layout.partial) : nullptr;
   launch_plan({problem, grouping, const_cast<Item*>(p.items), p.control, partial, p.arrivals, layout.arrival_count},

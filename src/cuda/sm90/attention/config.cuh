@@ -25,7 +25,7 @@ struct AttentionParameters {
   int64_t lse_batch_stride, lse_token_stride, lse_head_stride;  // elements
   int head_dim;    // as stored; the kernel's own is padded
   int kv_group;    // query heads a key/value head
-  float scale_log2;
+  float scale_log2, inverse_scale_log2;
 };
 
 inline constexpr int kNoMoreTiles = -1;
@@ -57,10 +57,11 @@ struct Tile {
   int q_tokens, kv_tokens;  // of the sequence
 };
 
-/// Added to the scores of a step: 0, -inf where there is no key, a summary's weight; and the causal limit.
+/// Added to the scores of a step, in units of log2: 0, -inf where there is no key (its score is finite: what is
+/// not ours is zeroed), a summary's weight. And the causal limit.
 template <int kColumns>
 struct ColumnMask {
-  float bias[kColumns];
+  alignas(8) float term[kColumns];
   int limit[2];  // of each 64-column half: row r of the tile sees its columns <= r + limit
 };
 
@@ -75,7 +76,7 @@ struct AttentionConfig {
   static constexpr int kRingSlots = 5;
   static constexpr int kQuerySlots = kHeadDim == 256 && kConsumers == 2 ? 1 : 2;
   static constexpr bool kOverlapsTiles = kQuerySlots == 2;  // the next tile's query waits beside this one's
-  static constexpr int kMaskSlots = 2;
+  static constexpr int kMaskSlots = kCtas == 2 ? 2 : 3;
   static constexpr int kTileSlots = 4, kTilesAhead = 3;  // claimed before they are stored
   static constexpr int kStepsAhead = 6;  // of a tile left to load when a patient manager claims the next one
   // Two producer warps: the manager (schedules and stores) and the loader. Beside two consumers they give
@@ -97,7 +98,7 @@ struct AttentionConfig {
     // queries | 1 + bytes, manager  | -: the manager itself stores the output   | query
     // blocks  | 1 + bytes, loader   | consumer warps                            | ring
     // masks   | 32, loader lanes    | consumer threads                          | mask
-    // landing | 1 + bytes, loader   | -: only the loader waits                  | a V to be cleaned
+    // landing | 1 + bytes, loader   | -: only the loader waits                  | a block to be cleaned
     RingBarriers<kTileSlots> tiles;
     uint64_t queries[kQuerySlots];
     RingBarriers<kRingSlots> blocks;

@@ -265,26 +265,47 @@ struct Consumer {
   }
 
   // ---- softmax ----
-  __device__ void apply_mask() {
+  /// The mask's terms for this lane's columns: of each eight, two.
+  struct Terms {
+    const float* first;
+    __device__ float2 operator()(int eight) const { return *reinterpret_cast<const float2*>(first + 8 * eight); }
+  };
+  __device__ Terms take_mask() {
     masks.wait_full(shared.masks);
     const auto& mask = shared.mask[masks.slot()];
-    const int row = tile_row(), quad = ptx_ops::lane_index() % 4;
-    const int limit[2] = {mask.limit[0] + row, mask.limit[1] + row};
-#pragma unroll
-    for (int i = 0; i < kStep / 2; ++i) {
-      const int column = 8 * (i / 4) + 2 * quad + i % 2;
-      const float bias = mask.bias[column];
-      const bool seen = column % 64 <= limit[8 * (i / 4) / 64] + 8 * (i % 4 / 2) && bias > -INFINITY;
-      scores[i] = seen ? scores[i] + bias : -INFINITY;  // where there is no key the score may be NaN
-    }
+    const int first = 2 * (ptx_ops::lane_index() % 4);
+    if (p.problem.causal) hide_later_keys(mask.limit, first);
+    return {&mask.term[first]};
+  }
+  __device__ void release_mask() {
     __syncwarp();
     ptx_ops::arrive(shared.masks.empty[masks.slot()]);
     masks.advance();
   }
+  __device__ void hide_later_keys(const int (&limit)[2], int first) {
+    const int row = tile_row() - first;
+#pragma unroll
+    for (int i = 0; i < kStep / 2; ++i) {
+      const int column = 8 * (i / 4) + i % 2;
+      if (column % 64 > limit[column / 64] + row + 8 * (i % 4 / 2)) scores[i] = -INFINITY;
+    }
+  }
+  /// Where the maximum is wanted, which is of scores with the mask in them.
+  __device__ void add_to_scores(const Terms& terms) {
+#pragma unroll
+    for (int i = 0; i < kStep / 2; ++i) {
+      const float2 pair = terms(i / 4);
+      scores[i] = fmaf(i % 2 == 0 ? pair.x : pair.y, p.inverse_scale_log2, scores[i]);
+    }
+  }
+  __device__ void mask_scores() {
+    add_to_scores(take_mask());
+    release_mask();
+  }
 
   template <bool kMaybeMasked>
   __device__ void first_softmax(bool masked, Fragments& probabilities) {
-    if (kMaybeMasked && masked) apply_mask();
+    if (kMaybeMasked && masked) mask_scores();
     softmax.start(scores, p.scale_log2);
     const auto sums = softmax.template exponentiate<kMaybeMasked>(scores, p.scale_log2, probabilities);
     sums.complete_here();
@@ -310,19 +331,27 @@ struct Consumer {
     finish_step<false>(next, k_slot, v_slot);
   }
   template <bool kMasked>
+  __device__ auto exponentiate(const Terms& terms, Fragments& next) {
+    if constexpr (kMasked) return softmax.template exponentiate<false>(scores, p.scale_log2, next, terms);
+    return softmax.template exponentiate<false>(scores, p.scale_log2, next);
+  }
+  template <bool kMasked>
   __device__ void finish_step(Fragments& next, int k_slot, int v_slot) {
     scores_ready<1>(k_slot);
-    if constexpr (kMasked) apply_mask();
-    auto sums = softmax.template exponentiate<false>(scores, p.scale_log2, next);
+    [[maybe_unused]] Terms terms{};
+    if constexpr (kMasked) terms = take_mask();
+    auto sums = exponentiate<kMasked>(terms, next);
     // This branch also keeps ptxas from hoisting the wait below above the exponentials.
     if (sums.outgrown()) [[unlikely]] {
       ptx_ops::wgmma_wait<0>();
       ptx_ops::pin(output);
+      if constexpr (kMasked) add_to_scores(terms);
       float factor[2];
       softmax.raise(scores, p.scale_log2, factor);
       scale_rows(output, factor);
       sums = softmax.template exponentiate<false>(scores, p.scale_log2, next);
     }
+    if constexpr (kMasked) release_mask();
     softmax.accept(sums);
     ptx_ops::pin(next);
     output_ready(v_slot);
@@ -338,7 +367,7 @@ struct Consumer {
     ptx_ops::pin(output);
     release(k_slot);
     release(v_slot);
-    apply_mask();
+    mask_scores();
     float factor[2];
     softmax.raise(scores, p.scale_log2, factor);
     scale_rows(output, factor);
@@ -353,14 +382,15 @@ struct Consumer {
       for (; n < steps; ++n) careful_step(even, n > 1);
       return;
     }
-    for (; n + 1 < whole; n += 2) {
+    // Left in the middle, too: of an odd number, a copy of the step would be fetched anew by every short tile.
+    for (; n < whole; n += 2) {
       step<false>(even, odd, n > 1);
+      if (n + 1 == whole) {
+        ptx_ops::move_registers(even, odd);
+        ++n;
+        break;
+      }
       step<false>(odd, even, true);
-    }
-    if (n < whole) {
-      step<false>(even, odd, n > 1);
-      ptx_ops::move_registers(even, odd);
-      ++n;
     }
     for (; n < steps; ++n) {
       step<true>(even, odd, n > 1);

@@ -4,15 +4,18 @@
 #include "src/cuda/sm90/attention/plan.h"
 
 #include <algorithm>
+#include <cub/block/block_scan.cuh>
 
 #include "src/cuda/common/chain.cuh"
+#include "src/cuda/ptx/control.cuh"
 #include "src/cuda/sm90/launch.h"
 
 namespace flashomni::cuda::sm90 {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kChunk = kThreads;  // tiles sorted at a time: one a thread
+constexpr int kBuckets = 128;     // by length, the last one for tiles that are cached
 
 /// Keys and values that half of the L2 cache holds.
 constexpr int64_t kSharedCacheBytes = 25 << 20;
@@ -36,13 +39,9 @@ struct Group {
   __device__ int selected(int tile) const {
     const int head = first_head + tile / q_blocks, q_block = tile % q_blocks;
     if (!(problem.cache.word(batch, int64_t(q_block) * problem.heads + head) & 1)) return -1;
-    const TileBlocks blocks(problem, sequence.q_tokens, sequence.kv_tokens, batch, head, q_block);
-    const int words = blocks.words();
-    int count = 0;
-#pragma unroll 8
-    for (int w = 0; w < words; ++w) count += __popc(blocks.selected(problem, w));
-    return count;
+    return TileBlocks(problem, sequence.q_tokens, sequence.kv_tokens, batch, head, q_block).count_selected(problem);
   }
+  __device__ int kv_blocks() const { return (sequence.kv_tokens + problem.block_kv - 1) / problem.block_kv; }
   __device__ Item item(int tile) const {
     return {tile % q_blocks, batch * problem.heads + first_head + tile / q_blocks};
   }
@@ -59,31 +58,46 @@ __device__ void write_partial(const Problem& problem, uint32_t* partial) {
   }
 }
 
+/// How many of the CTA's threads come before this one in the order of (bucket, thread). A counting sort.
+__device__ int place_of(int bucket) {
+  using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  constexpr int kCounts = kBuckets * kWarps, kCountsAThread = kCounts / kThreads;
+  __shared__ int before[kCounts];  // by bucket, then by warp: counts, then those of all before
+  __shared__ typename Scan::TempStorage scan;
+  const int warp = threadIdx.x / 32, first = threadIdx.x * kCountsAThread;
+  int counts[kCountsAThread] = {};
+#pragma unroll
+  for (int i = 0; i < kCountsAThread; ++i) before[first + i] = 0;
+  __syncthreads();
+  const unsigned same = __match_any_sync(ptx_ops::kWholeWarp, bucket);
+  const int rank = __popc(same & low_bits(threadIdx.x % 32));
+  if (rank == 0) before[bucket * kWarps + warp] = __popc(same);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCountsAThread; ++i) counts[i] = before[first + i];
+  Scan(scan).ExclusiveSum(counts, counts);
+#pragma unroll
+  for (int i = 0; i < kCountsAThread; ++i) before[first + i] = counts[i];
+  __syncthreads();
+  return before[bucket * kWarps + warp] + rank;
+}
+
 /// Tiles [begin, begin + tiles) of a group: the active ones into `items`, longest first. Returns their number;
 /// adds what this thread's tiles select to `blocks`, and raises `longest` to the most that one selects.
 __device__ int write_chunk(const Group& group, int begin, int tiles, Item* items, int& blocks, int& longest) {
-  __shared__ int4 keys[kChunk / 4];  // of the longest tile the greatest, and of equal ones of the first; -1: cached
-  int* key = reinterpret_cast<int*>(keys);
+  __shared__ int first;  // what the first tile selects
   const int t = threadIdx.x, selects = t < tiles ? group.selected(begin + t) : -1;
-  const int mine = selects < 0 ? -1 : selects * kChunk + kChunk - 1 - t;
-  key[t] = mine;
+  if (t == 0) first = selects;
   blocks += max(selects, 0);
   longest = max(longest, selects);
   const int total = __syncthreads_count(selects >= 0);
+  if (total == 0) return 0;
   // The usual case: equal counts, and none cached.
-  const bool in_order = __syncthreads_and(t >= tiles || (mine >= 0 && selects == key[0] / kChunk));
-  if (mine >= 0) {
-    int place = t;
-    if (!in_order) {
-      place = 0;
-#pragma unroll 4
-      for (int i = 0; i < (tiles + 3) / 4; ++i) {
-        const int4 four = keys[i];
-        place += (four.x > mine) + (four.y > mine) + (four.z > mine) + (four.w > mine);
-      }
-    }
-    items[place] = group.item(begin + t);
-  }
+  const bool in_order = __syncthreads_and(t >= tiles || (selects >= 0 && selects == first));
+  // Lengths within a bucket's width of each other count as equal.
+  const int most = group.kv_blocks(), bucket = (most - max(selects, 0)) * (kBuckets - 2) / max(most, 1);
+  const int place = in_order ? t : place_of(selects < 0 ? kBuckets - 1 : bucket);
+  if (selects >= 0) items[place] = group.item(begin + t);
   __syncthreads();
   return total;
 }

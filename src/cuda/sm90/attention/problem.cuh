@@ -63,6 +63,8 @@ struct TileBlocks {
   __device__ uint32_t selected(const Problem& p, int w) const {
     return p.skip.word(batch, first_bit + kBitsAWord * w) & low_bits(visible - kBitsAWord * w);
   }
+  /// How many blocks are selected.
+  __device__ int count_selected(const Problem& p) const { return p.skip.ones(batch, first_bit, visible); }
   /// Those that need a mask.
   __device__ uint32_t partial(const Problem& p, int w) const {
     return ~low_bits(whole - kBitsAWord * w) | (p.block_len != nullptr ? p.partial[w] : 0u);

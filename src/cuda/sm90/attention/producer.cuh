@@ -283,11 +283,12 @@ struct Loader {
   struct Step {
     int row[2], valid[2];  // first token of each run, and how many of its slots hold keys
     int head, batch;
-    bool summary, dirty;  // dirty: V's slots without keys may hold what is not ours, and are zeroed
+    bool summary, dirty;  // dirty: slots without keys may hold what is not ours, and are zeroed
   };
   Step pending;  // its V is still to be loaded
   bool has_pending = false, after_part = false;
   int tiles_taken = 0;
+  uint32_t silent = 0;  // a bit a block whose summary does not count: those that are selected or do not exist
 
   __device__ Loader(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
 
@@ -307,25 +308,26 @@ struct Loader {
     }
   }
 
-  __device__ void load_k(const Step& step) {
-    blocks.wait_empty(shared.blocks);
-    if (leader) copy(step.summary ? p.k_mean : p.k, step, shared.blocks.full[blocks.slot()]);
-    blocks.advance();
-  }
+  __device__ void load_k(const Step& step) { load(step.summary ? p.k_mean : p.k, step); }
 
   // V follows the K of the next step, of the next tile too: the order in which the consumers need them.
   __device__ void load_pending_v() {
     if (!has_pending) return;
     has_pending = false;
+    load(pending.summary ? p.v_mean : p.v, pending);
+  }
+
+  __device__ void load(const CUtensorMap& map, const Step& step) {
     blocks.wait_empty(shared.blocks);
     uint64_t& full = shared.blocks.full[blocks.slot()];
-    if (leader) copy(pending.summary ? p.v_mean : p.v, pending, pending.dirty ? shared.landing : full);
-    if (pending.dirty) {
-      // A probability of 0 does not silence a NaN: V is handed on when its slots without keys are zero.
+    if (leader) copy(map, step, step.dirty ? shared.landing : full);
+    if (step.dirty) {
+      // Neither -inf in a mask nor a probability of 0 silences a NaN: blocks are handed on when their slots
+      // without keys are zero.
       ptx_ops::wait_parity(shared.landing, landing_phase);
       landing_phase ^= 1;
-      zero_rows(pending.valid[0], run_rows());
-      if (two_runs()) zero_rows(kStep / 2 + pending.valid[1], kStep);
+      zero_rows(step.valid[0], run_rows());
+      if (two_runs()) zero_rows(kStep / 2 + step.valid[1], kStep);
       ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
       __syncwarp();
       if (leader) ptx_ops::arrive(full);
@@ -338,13 +340,13 @@ struct Loader {
       for (int row = first; row < last; ++row) words[(panel * kStep + row) * 32 + lane] = 0;
   }
 
-  /// Publishes a mask: bias(column) for every column, and the causal limits of both halves.
-  template <class Bias>
-  __device__ void publish_mask(Bias bias, int limit0, int limit1) {
+  /// Publishes a mask: term(column) for every column, and the causal limits of both halves.
+  template <class Term>
+  __device__ void publish_mask(Term term, int limit0, int limit1) {
     masks.wait_empty(shared.masks);
     auto& mask = shared.mask[masks.slot()];
 #pragma unroll
-    for (int column = lane; column < kStep; column += 32) mask.bias[column] = bias(column);
+    for (int column = lane; column < kStep; column += 32) mask.term[column] = term(column);
     if (lane == 0) mask.limit[0] = limit0, mask.limit[1] = limit1;
     ptx_ops::arrive(shared.masks.full[masks.slot()]);
     masks.advance();
@@ -360,27 +362,31 @@ struct Loader {
     return min(max(block_length(of, block) - within, 0), run_rows());
   }
 
-  __device__ void mask_summaries(const Tile& tile, int first_block) {
-    const TileBlocks of(p.problem, tile);
-    const auto bias = [&](int column) {
-      const int block = first_block + column;
-      if (block >= of.kv_blocks || (of.selected(p.problem, block / kBitsAWord) >> block % kBitsAWord & 1))
-        return -INFINITY;
-      const int length = block_length(tile, block);
-      return length > 0 ? log2f(length) / p.scale_log2 : -INFINITY;
+  /// A skipped block weighs as many keys as it holds. One read of the bits, a word a lane, serves some steps.
+  __device__ void mask_summaries(const Tile& tile, int first_block, bool first_of_tile) {
+    const int word = first_block / kBitsAWord;
+    if (first_of_tile || word % 32 == 0) {
+      const TileBlocks of(p.problem, tile);
+      const int w = word / 32 * 32 + lane;
+      silent = of.selected(p.problem, w) | ~low_bits(of.kv_blocks - kBitsAWord * w);
+    }
+    const auto term = [&](int column) {
+      const uint32_t bits = __shfl_sync(ptx_ops::kWholeWarp, silent, (word + column / kBitsAWord) % 32);
+      const int length = bits >> lane & 1 ? 0 : block_length(tile, first_block + column);
+      return length > 0 ? __log2f(length) : -INFINITY;
     };
-    publish_mask(bias, kEverythingSeen, kEverythingSeen);
+    publish_mask(term, kEverythingSeen, kEverythingSeen);
   }
 
   __device__ void mask_blocks(const Tile& tile, const Step& step, int position0, int position1) {
     const int diagonal = TileBlocks(p.problem, tile).diagonal;
-    const auto bias = [&](int column) {
+    const auto term = [&](int column) {
       const bool second = two_runs() && column >= kStep / 2;
       return column - (second ? kStep / 2 : 0) < (second ? step.valid[1] : step.valid[0]) ? 0.0f : -INFINITY;
     };
     const int limit0 = p.problem.causal ? diagonal - position0 : kEverythingSeen;
     const int limit1 = two_runs() ? diagonal - position1 : limit0 - 64;
-    publish_mask(bias, limit0, p.problem.causal ? limit1 : kEverythingSeen);
+    publish_mask(term, limit0, p.problem.causal ? limit1 : kEverythingSeen);
   }
 
   __device__ void walk(const Tile& tile) {
@@ -399,7 +405,7 @@ struct Loader {
       step.summary = summary >= 0, step.dirty = false;
       if (step.summary) {
         step.row[0] = (summaries_before + summary) * kStep, step.row[1] = step.row[0] + kStep / 2;
-        mask_summaries(tile, step.row[0]);
+        mask_summaries(tile, step.row[0], summary == 0);
       } else {
         const int position0 = pieces.next();
         const bool lone = --left == 0;  // the last of an odd number: beside it any keys, none of which counts

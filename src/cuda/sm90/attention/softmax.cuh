@@ -52,6 +52,11 @@ struct LazySoftmax {
   /// kept. kMasked: a shift of -inf gives probabilities of 0; otherwise a sum of inf, which asks for raise().
   template <bool kMasked, int kSteps>
   __device__ Sums exponentiate(const float (&s)[8 * kSteps], float scale, uint32_t (&p)[kSteps][4]) {
+    return exponentiate<kMasked>(s, scale, p, nullptr);
+  }
+  /// The same of scores to which terms(j) is added, in units of log2, in columns 8 j + 2 (lane % 4) + {0, 1}.
+  template <bool kMasked, int kSteps, class Terms>
+  __device__ Sums exponentiate(const float (&s)[8 * kSteps], float scale, uint32_t (&p)[kSteps][4], Terms terms) {
     float sum[2][2] = {}, by[2] = {shift[0], shift[1]};
     if constexpr (kMasked) {
       if (by[0] == -INFINITY) by[0] = 0;
@@ -62,8 +67,13 @@ struct LazySoftmax {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = i % 2;
-        const float x = ptx_ops::exp2_approx(fmaf(s[8 * k + 2 * i], scale, -by[r]));
-        const float y = ptx_ops::exp2_approx(fmaf(s[8 * k + 2 * i + 1], scale, -by[r]));
+        float offset_x = -by[r], offset_y = -by[r];
+        if constexpr (!std::is_null_pointer_v<Terms>) {
+          const float2 pair = terms(2 * k + i / 2);
+          offset_x = pair.x - by[r], offset_y = pair.y - by[r];
+        }
+        const float x = ptx_ops::exp2_approx(fmaf(s[8 * k + 2 * i], scale, offset_x));
+        const float y = ptx_ops::exp2_approx(fmaf(s[8 * k + 2 * i + 1], scale, offset_y));
         sum[r][0] += x, sum[r][1] += y;
         p[k][i] = ptx_ops::pack<Element>(x, y);
       }
