@@ -96,40 +96,49 @@ class Kept:
         if self.traffic is not None:
             self.traffic.copy(self._here(), self.parts)
 
-    def read(self) -> Tensor:
-        """After prefetch()."""
+    def arrived(self) -> list[Tensor]:
+        """The parts on the device, after prefetch(), to be read and written."""
         if self.traffic is not None:
             self.traffic.wait()
+        return self._here()
+
+    def written(self) -> None:
+        """What arrived() gave has been written."""
+        if self.traffic is not None:
+            self.traffic.copy(self.parts, self._here())
+
+    def read(self) -> Tensor:
+        """After prefetch()."""
+        parts = self.arrived()
         if not self.fp8:
-            return self._here()[0]
+            return parts[0]
         out = self.space()
         return forecast([self], unit(out.device), out)
 
     def space(self) -> Tensor:
         """Where to write what is to be kept."""
-        if self.traffic is not None:
-            self.traffic.wait()
+        parts = self.arrived()
         if not self.fp8:
-            return self._here()[0]
+            return parts[0]
         return self.buffers.take(self.name, self.shape, self.like)
 
     def keep(self, tensor: Tensor) -> None:
         """tensor: what read() or space() gave, written since."""
-        here = self._here()
         if self.fp8:
-            ops.quantize_fp8(tensor, *here)
-        if self.traffic is not None:
-            self.traffic.copy(self.parts, here)
+            ops.quantize_fp8(tensor, *self._here())
+        self.written()
 
 
 def update(kept: Sequence[Kept], feature: Tensor, *, gap: int, valid: int) -> None:
     """Keeps the differences of `feature`, see ops.taylor_update; all kept alike, what is on the host after
     prefetch()."""
-    if kept[0].fp8 and not kept[0].on_host:
-        values, scales = zip(*(one.parts for one in kept), strict=True)
-        ops.taylor_update(feature, values, gap=float(gap), valid=valid, scales=scales)
-    else:
+    if not kept[0].fp8:
         differences(kept, feature, gap=gap, valid=valid)
+        return
+    values, scales = zip(*(one.arrived() for one in kept), strict=True)
+    ops.taylor_update(feature, values, gap=float(gap), valid=valid, scales=scales)
+    for one in kept:
+        one.written()
 
 
 def differences(
