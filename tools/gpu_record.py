@@ -131,7 +131,7 @@ FOLLOW = {"follow": True, "chosen": False}
 FP8 = {"cache_dtype": "float8_e4m3"}
 E2E = {
     "tiny-flux": {},
-    "flux-dev": {"model": "flux-dev", "follow": True},
+    "flux-dev": {"model": "flux-dev", "follow": True, "arms": ("compiled", "compiled graphs")},
     "flux-dev-2048": {
         "model": "flux-dev",
         "resolution": "2048x2048",
