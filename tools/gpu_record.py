@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
@@ -37,9 +38,28 @@ SELECT_TOKENS = (33280, 4608)
 
 
 def digest() -> str:
+    """Of the kernels' sources as a compiler sees them: a comment or another layout makes no record stale."""
     from flashomni.jit import sources
 
-    return sources.find().digest
+    found = sources.find()
+    lines = []
+    for name in found.files:
+        code = code_of((found.root / name).read_text(encoding="utf-8"))
+        lines.append(f"{name} {hashlib.sha256(code.encode()).hexdigest()}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def code_of(text: str) -> str:
+    """C++ without comments, and with one blank or, beside a directive, one line break for all white space."""
+    kept = re.sub(
+        r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/',
+        lambda found: found[0] if found[0][0] == '"' else " ",
+        text.replace("\\\n", " "),
+        flags=re.DOTALL,
+    )
+    lines = (" ".join(line.split()) for line in kept.splitlines())
+    marked = (f"\n{line}\n" if line.startswith("#") else line for line in lines if line)
+    return re.sub(r" ?\n+ ?", "\n", " ".join(marked)).strip()
 
 
 # ---- parts ----
