@@ -18,6 +18,7 @@ from flashomni.symbols import SparseSymbols
 
 _ROW_LINEARS = ("to_q", "to_out.0")  # what rows go through on their own
 _TEXT = 512  # tokens of text, as the model's own code has it
+_PROCESSORS = ("WanAttnProcessor", "SkyReelsV2AttnProcessor", "FollowingCrossAttention")
 
 
 class FollowingCrossAttention(Processor):
@@ -104,7 +105,7 @@ def why_no_cross_attention(module: nn.Module, dtype: torch.dtype) -> str | None:
     """None if its rows can be computed apart; else why not."""
     if module.fused_projections:
         return "has fused projections"
-    if type(module.processor).__name__ not in ("WanAttnProcessor", "FollowingCrossAttention"):
+    if type(module.processor).__name__ not in _PROCESSORS:
         return f"has a processor of class {type(module.processor).__name__}"
     reasons = ((name, why_not_plain(part(module, name), dtype)) for name in _ROW_LINEARS)
     return next((f"{name} {reason}" for name, reason in reasons if reason is not None), None)

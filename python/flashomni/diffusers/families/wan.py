@@ -1,9 +1,10 @@
-"""Wan 2.1 and 2.2: text to video, image to video, VACE, with one expert or two."""
+"""Wan 2.1 and 2.2: text to video, image to video, VACE, Animate, with one expert or two; SkyReels-V2."""
 
 from __future__ import annotations
 
 from flashomni.diffusers import rope
 from flashomni.diffusers.blocks import PlainBlocks, Projections
+from flashomni.diffusers.call import Call, Inputs
 from flashomni.diffusers.families.base import ACROSS_HEADS, TEXTLESS, Family, textless_presets
 
 WIDE_NORMS = Projections(
@@ -11,13 +12,13 @@ WIDE_NORMS = Projections(
 )
 
 
-def _blocks(path: str, block: str) -> PlainBlocks:
+def _blocks(path: str, block: str, processor: str = "WanAttnProcessor") -> PlainBlocks:
     return PlainBlocks(
         path=path,
         block=block,
         attention="attn1",
         stream=WIDE_NORMS,
-        processor="WanAttnProcessor",
+        processor=processor,
         feed_forward=("ffn",),
         cross_attention="attn2",
         has_text=False,
@@ -29,7 +30,7 @@ _PRESETS = textless_presets(tau_kv=0.05)
 _NOTES = (TEXTLESS, ACROSS_HEADS)
 
 WAN = Family(
-    models=("WanTransformer3DModel",),
+    models=("WanTransformer3DModel", "WanAnimateTransformer3DModel"),
     blocks=(_blocks("blocks", "WanTransformerBlock"),),
     presets=_PRESETS,
     notes=_NOTES,
@@ -40,4 +41,22 @@ VACE = Family(
     presets=_PRESETS,
     notes=_NOTES,
 )
-FAMILIES = (WAN, VACE)
+
+
+def _refuse_diffusion_forcing(inputs: Inputs, call: Call) -> None:
+    """Each frame then has a scheduler of its own, a copy that our clock does not hear."""
+    if inputs["enable_diffusion_forcing"]:
+        raise NotImplementedError(
+            "enable_diffusion_forcing: expected False, got True, where frames have steps of their own; call "
+            "the model inside `with flashomni.disabled(...)`"
+        )
+
+
+SKYREELS_V2 = Family(
+    models=("SkyReelsV2Transformer3DModel",),
+    blocks=(_blocks("blocks", "SkyReelsV2TransformerBlock", "SkyReelsV2AttnProcessor"),),
+    prepare=_refuse_diffusion_forcing,
+    presets=_PRESETS,
+    notes=_NOTES,
+)
+FAMILIES = (WAN, VACE, SKYREELS_V2)
