@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from flashomni.bench import attention, gemm, harness, select
+from flashomni.bench import attention, gemm, harness, host, select
 from flashomni.symbols import SparseSymbols
 
 TINY = {"tokens": 300, "heads": 2, "head_dim": 64, "block": 64, "dtype": torch.float32, "rounds": 1}
@@ -86,3 +86,11 @@ def test_suites_give_whole_rows(suite, module, patterns):
     record = json.loads(json.dumps(harness.record(rows)))
     assert len(record["benchmarks"]) == len(rows) and record["machine"]["threads"] >= 1
     assert harness.rows_table(rows).row_count == len(rows)
+
+
+def test_calls_of_a_dispatch_layer_are_taken():
+    """What the host's time is measured of on a GPU, here on the CPU."""
+    with torch.inference_mode():
+        for name, call in host.dispatch_calls("cpu", torch.float32).items():
+            result = call()
+            assert result is None or bool(result.isfinite().all()), name

@@ -83,28 +83,17 @@ def run(
     return rows
 
 
-@torch.inference_mode()
-def host_us(heads: int = 24, head_dim: int = 128, tokens: int = 128) -> dict[str, float]:
-    """Host microseconds of eager calls on a problem that the GPU ends sooner: ours, and torch's SDPA."""
-    q, k, v = torch.randn(3, 1, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-    symbols = _symbols(Case(1.0), tokens, heads)
-    ours = cuda.host_us(_call(q, k, v, symbols, torch.empty_like(q), {}))
-    return {"sparse_attention": ours, "torch_sdpa": cuda.host_us(cudnn(q, k, v, choose=False))}
-
-
 def _call(
     q: Tensor, k: Tensor, v: Tensor, symbols: SparseSymbols, out: Tensor, options: dict
 ) -> Callable[[], object]:
     return lambda: ops.sparse_attention(q, k, v, symbols, out=out, **options)
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, choose: bool = True) -> Callable[[], object]:
-    """torch's SDPA on the transposed views that diffusers passes; choose: cuDNN's."""
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """cuDNN's SDPA on the transposed views that diffusers passes."""
     tq, tk, tv = (t.transpose(1, 2) for t in (q, k, v))
 
     def call() -> Tensor:
-        if not choose:
-            return F.scaled_dot_product_attention(tq, tk, tv)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(tq, tk, tv)
 
