@@ -87,6 +87,25 @@ def test_an_update_keeps_the_differences(fp8: bool, where: str) -> None:
     assert bool(list(buffers[0].tensors())) == (where == "host")
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_an_update_keeps_the_same_wherever_it_lies(fp8: bool) -> None:
+    """In a type that rounds what goes through scratch."""
+    like, buffers = torch.empty(2, 50, 300, dtype=torch.bfloat16), Buffers()
+    here, there = (
+        [Kept(f"{traffic} {i}", tuple(like.shape), like, buffers, fp8=fp8, traffic=traffic) for i in range(3)]
+        for traffic in (None, Traffic())
+    )
+    for step in range(4):
+        feature = torch.randn(like.shape).bfloat16()
+        for kept in (here, there):
+            for one in kept:
+                one.prefetch()
+            update(kept, feature, gap=3, valid=min(step, 2))
+        for a, b in zip(here, there, strict=True):
+            for part, wanted in zip(a.parts, b.parts, strict=True):
+                assert torch.equal(part.view(torch.uint8), wanted.view(torch.uint8))
+
+
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("kept", [{}, FP8], ids=["as it is", "e4m3"])
 def test_a_history_on_the_host_changes_no_bit(order: int, kept: dict) -> None:

@@ -8,11 +8,7 @@ import pytest
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
-    SkyReelsV2Pipeline,
-    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
-    WanAnimatePipeline,
-    WanAnimateTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -27,9 +23,9 @@ from family_checks import (
     check_sparse_runs,
     config,
     error,
-    lively,
     quiet,
 )
+from wan_models import TINY, draw, stirred
 
 import flashomni
 from flashomni import ops
@@ -37,26 +33,10 @@ from flashomni.diffusers.api import transformers_of
 from flashomni.engine.state import Summary
 from flashomni.policies import Choice, Policy, RandomPolicy
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "text_dim": 16,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "rope_max_seq_len": 32,
-}
-
 
 def transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(**(TINY | changes))
-    with torch.no_grad():
-        for block in model.blocks:
-            block.scale_shift_table.mul_(8)
-    return lively(model)
+    return stirred(WanTransformer3DModel(**(TINY | changes)))
 
 
 def pipeline(scheduler=None, **parts) -> WanPipeline:
@@ -67,22 +47,6 @@ def pipeline(scheduler=None, **parts) -> WanPipeline:
 def experts(**changes) -> WanPipeline:
     """`transformer_2` takes over at half of the noise: of 12 steps, after 6."""
     return pipeline(transformer_2=transformer(1), boundary_ratio=0.5, **changes)
-
-
-def draw(pipe, steps: int, batch: int = 1, guided: bool = False, **inputs) -> torch.Tensor:
-    """3 frames of 7 x 8 tokens."""
-    generator = torch.Generator().manual_seed(1)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    inputs |= {"prompt_embeds": noise(batch, 20, 16), "latents": noise(batch, 4, 3, 14, 16)}
-    if guided:
-        inputs["negative_prompt_embeds"] = noise(batch, 20, 16)
-    sizes = {"height": 112, "width": 128, "num_frames": 9, "num_inference_steps": steps}
-    return pipe(
-        **inputs, **sizes, guidance_scale=4.0 if guided else 1.0, output_type="latent", return_dict=False
-    )[0]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -238,14 +202,9 @@ def test_image_to_video() -> None:
 def test_vace() -> None:
     """The control branch has attentions of its own, before the model's."""
     torch.manual_seed(0)
-    model = WanVACETransformer3DModel(**TINY, vace_layers=[0], vace_in_channels=6)
-    with torch.no_grad():
-        for block in (*model.blocks, *model.vace_blocks):
-            block.scale_shift_table.mul_(8)
+    model = stirred(WanVACETransformer3DModel(**TINY, vace_layers=[0], vace_in_channels=6))
     parts = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
-    pipe = quiet(
-        WanVACEPipeline(transformer=lively(model), scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
-    )
+    pipe = quiet(WanVACEPipeline(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), **parts))
 
     def run(pipe, steps: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(2)
@@ -263,101 +222,6 @@ def test_vace() -> None:
     check_sparse_runs(pipe, run)
     names = [row.name for row in flashomni.explain(pipe).rows]
     assert names == ["vace_blocks.0", "blocks.0", "blocks.1"]
-
-
-def animate(**changes) -> WanAnimateTransformer3DModel:
-    torch.manual_seed(0)
-    faces = {
-        "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
-        "motion_encoder_size": 16,
-        "motion_style_dim": 8,
-        "motion_dim": 4,
-        "motion_encoder_dim": 8,
-        "face_encoder_hidden_dim": 16,
-        "face_encoder_num_heads": 2,
-        "inject_face_latents_blocks": 1,
-    }
-    picture = {"in_channels": 12, "latent_channels": 4, "image_dim": 8, "added_kv_proj_dim": 128}
-    model = WanAnimateTransformer3DModel(**(TINY | picture | faces | changes))
-    with torch.no_grad():
-        for block in model.blocks:
-            block.scale_shift_table.mul_(8)
-    return lively(model)
-
-
-def run_animate(pipe, steps: int) -> torch.Tensor:
-    """Two segments on one clock, as the pipeline makes long videos: set_timesteps between them."""
-    generator, segments = torch.Generator().manual_seed(2), []
-    for _ in range(2):
-        x, condition, text, image, pose, face = (
-            torch.randn(shape, generator=generator)
-            for shape in (
-                (1, 4, 3, 14, 16),
-                (1, 8, 3, 14, 16),
-                (1, 512, 16),
-                (1, 5, 8),
-                (1, 4, 2, 14, 16),
-                (1, 3, 5, 16, 16),
-            )
-        )
-        pipe.scheduler.set_timesteps(steps)
-        for t in pipe.scheduler.timesteps:
-            latents = torch.cat([x, condition], 1)
-            y = pipe.transformer(latents, t.expand(1), text, image, pose, face, return_dict=False)[0]
-            x = pipe.scheduler.step(y, t, x, return_dict=False)[0]
-        segments.append(x)
-    return torch.cat(segments)
-
-
-def test_animate() -> None:
-    """Attentions to faces, between the blocks, stay the model's own."""
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae", "image_encoder", "image_processor"))
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = quiet(WanAnimatePipeline(transformer=animate(), scheduler=scheduler, **parts))
-    run = torch.no_grad()(run_animate)
-    check_nothing_reused_is_dense(pipe, run)
-    check_sparse_runs(pipe, run)
-    assert [row.name for row in flashomni.explain(pipe).rows] == ["blocks.0", "blocks.1"]
-
-
-def skyreels(causal_frames: int = 1):
-    torch.manual_seed(0)
-    model = SkyReelsV2Transformer3DModel(**TINY, num_frame_per_block=causal_frames)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.scale_shift_table.mul_(8)
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    return quiet(SkyReelsV2Pipeline(transformer=lively(model), scheduler=scheduler, **parts))
-
-
-def test_skyreels_v2() -> None:
-    pipe = skyreels()
-    check_nothing_reused_is_dense(pipe, draw)
-    check_sparse_runs(pipe, draw)
-    want = draw(pipe, 8)
-    follow = {"mlp": "follow", "cross_attention": "follow"}
-    flashomni.enable(pipe, config(policy="drift", tau_q=0.8, tau_kv=0.0, ramp_power=0, **follow))
-    assert 1e-5 < error(draw(pipe, 8), want) < 0.3
-    assert flashomni.stats(pipe).cache_density < 1
-
-
-def test_skyreels_v2_that_sees_frames_in_order_is_refused() -> None:
-    pipe = skyreels(causal_frames=3)
-    flashomni.enable(pipe, config())
-    with pytest.raises(NotImplementedError, match="attention_mask"):
-        draw(pipe, 2)
-
-
-def test_skyreels_v2_with_diffusion_forcing_is_refused() -> None:
-    pipe = skyreels()
-    flashomni.enable(pipe, config())
-    x, text, steps = torch.randn(1, 4, 3, 14, 16), torch.randn(1, 20, 16), torch.zeros(1, 3)
-    arguments = {"encoder_hidden_states": text, "enable_diffusion_forcing": True}
-    with pytest.raises(NotImplementedError, match="enable_diffusion_forcing: expected False, got True"):
-        pipe.transformer(x, steps, **arguments)
-    with flashomni.disabled(pipe), torch.no_grad():
-        pipe.transformer(x, steps, **arguments)
 
 
 def test_timesteps_of_their_own_for_tokens() -> None:

@@ -314,7 +314,8 @@ struct Consumer {
 
   // ---- the loop ----
   // Step n: its scores, its probabilities into `next`, and the product of step n - 1, whose probabilities are
-  // `last`. A mask only lowers the step's sum, so a row that has seen a key before needs no other care.
+  // `last`. A row that has seen a key before needs no other care with a mask: its shift is finite, and a sum that
+  // a summary's weight makes too large is raised like any other.
   template <bool kMasked>
   __device__ void step(const Fragments& last, Fragments& next, bool accumulate) {
     const int k_slot = issue_scores(), v_slot = issue_output(last, accumulate);

@@ -3,8 +3,9 @@
 //
 // Softmax does not care which shift it subtracts, only that nothing overflows. The shift is the row maximum of
 // a tile's first step and stays until a step's sum of exponentials passes kLimit; then it is raised, and sum
-// and output are rescaled. So the common step needs no maximum, no shuffle and no rescaling. Masked steps
-// always take the maximum: a row may see nothing of them, and its shift is then -inf until it sees something.
+// and output are rescaled. So the common step needs no maximum, no shuffle and no rescaling. Steps of a tile
+// without a whole block always take the maximum: a row may see nothing of them, and its shift is then -inf until
+// it sees something.
 #pragma once
 
 #include <cstdint>
