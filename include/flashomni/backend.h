@@ -20,6 +20,7 @@ struct SelectArguments;
 struct SummarizeArguments;
 struct NormRopeArguments;
 struct NormRopeMeanArguments;
+struct AdaLayerNormArguments;
 struct TaylorUpdateArguments;
 struct TaylorForecastArguments;
 struct QuantizeArguments;
@@ -53,6 +54,7 @@ struct Backend {
   void (*summarize_symbols)(const SummarizeArguments&, const Context&);
   void (*norm_rope)(const NormRopeArguments&, const Context&);
   void (*norm_rope_mean)(const NormRopeMeanArguments&, const Context&);
+  void (*ada_layer_norm)(const AdaLayerNormArguments&, const Context&);
   void (*taylor_update)(const TaylorUpdateArguments&, const Context&);
   void (*taylor_forecast)(const TaylorForecastArguments&, const Context&);
   void (*quantize_fp8)(const QuantizeArguments&, const Context&);

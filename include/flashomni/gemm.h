@@ -35,13 +35,15 @@ struct GemmQArguments {
 /// one dense GEMM's work. o[0] [B, M, K] with K >= heads * head_dim: columns past the heads (a single block's
 /// MLP) are always active. They may be a tensor of their own, `past` [B, M, columns past the heads], where
 /// o[0] has the heads alone. o[i >= 1] [B, M, >= heads * head_dim]: the derivatives of o. weight [N, K]; bias
-/// [N] or absent; out and cached[i] [B, M, N].
+/// [N] or absent; out and cached[i] [B, M, N]. keep_rows: as the Dispatch steps to come have it, so that no
+/// cached[i] is computed or written in rows of row blocks without an active head.
 struct GemmOUpdateArguments {
   int32_t orders = 1;  ///< D + 1: how many of o and cached are used
   std::array<TensorView, kMaxOrder + 1> o, cached;
   TensorView past, weight, bias, out;
   int64_t head_dim = 0;  ///< a multiple of 8
   TileSymbols tiles;
+  bool keep_rows = false;
 };
 
 /// GEMM-O at a Dispatch: out = sum_i coefficients[i] cached[i] + sum over active heads of o_h W_h^T + the

@@ -14,7 +14,7 @@
 namespace flashomni {
 
 /// Counts up whenever PluginTable, Context or an operator's arguments change.
-inline constexpr uint32_t kPluginAbi = 8;
+inline constexpr uint32_t kPluginAbi = 9;
 
 /// Why a plugin refused. No exception and no object that owns memory crosses into or out of a plugin.
 struct PluginStatus {
@@ -53,6 +53,7 @@ struct PluginTable {
   Operator<SummarizeArguments> summarize_symbols;
   Operator<NormRopeArguments> norm_rope;
   Operator<NormRopeMeanArguments> norm_rope_mean;
+  Operator<AdaLayerNormArguments> ada_layer_norm;
   Operator<TaylorUpdateArguments> taylor_update;
   Operator<TaylorForecastArguments> taylor_forecast;
   Operator<QuantizeArguments> quantize_fp8;

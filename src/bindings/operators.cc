@@ -2,6 +2,7 @@
 // tensors may be None. The last two of each are the workspace and the threads; see run_within for the
 // returned number.
 #include "convert.h"
+#include "flashomni/ada_layer_norm.h"
 #include "flashomni/attention.h"
 #include "flashomni/forecast.h"
 #include "flashomni/gemm.h"
@@ -71,7 +72,8 @@ int64_t gemm_o_update(Tensor o, OptionalTensor o1, OptionalTensor o2, OptionalTe
                       Tensor weight, OptionalTensor bias, OptionalTensor cache, OptionalTensor cache_indptr,
                       Tensor out, Tensor cached, OptionalTensor cached1, OptionalTensor cached2,
                       OptionalTensor cached3, int64_t head_dim, int64_t heads, int64_t tokens,
-                      int64_t row_offset, int64_t block_q, OptionalTensor workspace, int64_t threads) {
+                      int64_t row_offset, int64_t block_q, bool keep_rows, OptionalTensor workspace,
+                      int64_t threads) {
   return guarded([&] {
     GemmOUpdateArguments arguments;
     arguments.orders = view_all({o, o1, o2, o3}, "o and its derivatives", &arguments.o);
@@ -86,6 +88,7 @@ int64_t gemm_o_update(Tensor o, OptionalTensor o1, OptionalTensor o2, OptionalTe
     arguments.out = view(out, "out");
     arguments.head_dim = head_dim;
     arguments.tiles = tile_symbols(cache, cache_indptr, heads, tokens, row_offset, block_q);
+    arguments.keep_rows = keep_rows;
     return run_within(arguments, make_context(o, threads), workspace, &gemm_o_update_workspace,
                       &flashomni::gemm_o_update);
   });
@@ -200,6 +203,20 @@ int64_t norm_rope(Tensor x, OptionalTensor weight, OptionalTensor cos, OptionalT
   });
 }
 
+int64_t ada_layer_norm(Tensor x, Tensor scale, Tensor shift, Tensor out, double eps, OptionalTensor workspace,
+                       int64_t threads) {
+  return guarded([&] {
+    AdaLayerNormArguments arguments;
+    arguments.x = view(x, "x");
+    arguments.scale = view(scale, "scale");
+    arguments.shift = view(shift, "shift");
+    arguments.out = view(out, "out");
+    arguments.eps = static_cast<float>(eps);
+    return run_within(arguments, make_context(x, threads), workspace, &no_workspace<AdaLayerNormArguments>,
+                      &flashomni::ada_layer_norm);
+  });
+}
+
 int64_t norm_rope_mean(Tensor x, OptionalTensor weight, OptionalTensor cos, OptionalTensor sin, Tensor mean,
                        OptionalTensor similarity, double eps, int64_t row_offset, int64_t tokens,
                        int64_t block, OptionalTensor workspace, int64_t threads) {
@@ -279,6 +296,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(summarize_symbols, summarize_symbols);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(block_mean, block_mean);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope, norm_rope);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope_mean, norm_rope_mean);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(ada_layer_norm, ada_layer_norm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(taylor_update, taylor_update);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(taylor_forecast, taylor_forecast);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_fp8, quantize_fp8);

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <type_traits>
 
+#include "flashomni/ada_layer_norm.h"
 #include "flashomni/attention.h"
 #include "flashomni/forecast.h"
 #include "flashomni/gemm.h"
@@ -27,7 +28,8 @@ inline constexpr bool kPlain =
 static_assert(
     kPlain<PluginTable, PluginStatus, Context, AttentionArguments, GemmQArguments, GemmOUpdateArguments,
            GemmODispatchArguments, BlockMeanArguments, SelectArguments, SummarizeArguments, NormRopeArguments,
-           NormRopeMeanArguments, TaylorUpdateArguments, TaylorForecastArguments, QuantizeArguments>);
+           NormRopeMeanArguments, AdaLayerNormArguments, TaylorUpdateArguments, TaylorForecastArguments,
+           QuantizeArguments>);
 
 constexpr int kMaxDevices = 64;
 
@@ -201,6 +203,7 @@ struct Row {
   FLASHOMNI_PLUGIN_OPERATOR(summarize_symbols, SummarizeArguments)
   FLASHOMNI_PLUGIN_OPERATOR(norm_rope, NormRopeArguments)
   FLASHOMNI_PLUGIN_OPERATOR(norm_rope_mean, NormRopeMeanArguments)
+  FLASHOMNI_PLUGIN_OPERATOR(ada_layer_norm, AdaLayerNormArguments)
   FLASHOMNI_PLUGIN_OPERATOR(taylor_update, TaylorUpdateArguments)
   FLASHOMNI_PLUGIN_OPERATOR(taylor_forecast, TaylorForecastArguments)
   FLASHOMNI_PLUGIN_OPERATOR(quantize_fp8, QuantizeArguments)
@@ -226,6 +229,7 @@ struct Row {
         .summarize_symbols = summarize_symbols,
         .norm_rope = norm_rope,
         .norm_rope_mean = norm_rope_mean,
+        .ada_layer_norm = ada_layer_norm,
         .taylor_update = taylor_update,
         .taylor_forecast = taylor_forecast,
         .quantize_fp8 = quantize_fp8,

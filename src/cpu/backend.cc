@@ -76,6 +76,7 @@ const Backend& cpu_backend() {
       .summarize_symbols = summarize,
       .norm_rope = run<&KernelTable::norm_rope, NormRopeArguments>,
       .norm_rope_mean = norm_then_mean,
+      .ada_layer_norm = run<&KernelTable::ada_layer_norm, AdaLayerNormArguments>,
       .taylor_update = run<&KernelTable::taylor_update, TaylorUpdateArguments>,
       .taylor_forecast = run<&KernelTable::taylor_forecast, TaylorForecastArguments>,
       .quantize_fp8 = run<&KernelTable::quantize_fp8, QuantizeArguments>,

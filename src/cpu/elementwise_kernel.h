@@ -1,4 +1,4 @@
-// Memory-bound neighbours of attention: block means, QK norm with RoPE, Taylor differences and forecasts.
+// Memory-bound neighbours of attention: block means, QK norm with RoPE, adaptive norms, Taylor differences and forecasts.
 #pragma once
 
 #include <omp.h>
@@ -138,6 +138,53 @@ template <class T>
 inline void norm_rope_as(const NormRopeArguments& a, int threads) {
   norm_rope_tensor<T>(a, a.x, a.weight, a.cache, threads);
   if (a.keys.ndim >= 0) norm_rope_tensor<T>(a, a.keys, a.keys_weight, TensorView{}, threads);
+}
+
+/// Calls f with each piece of a row in float32: (first column, columns, values).
+template <class T, class F>
+inline void in_pieces(const T* row, int64_t width, F&& f) {
+  float values[kRun];
+  for (int64_t column = 0; column < width; column += kRun) {
+    const int64_t count = at_most(kRun, width - column);
+    to_floats(row + column, values, count);
+    f(column, count, values);
+  }
+}
+
+template <class T>
+inline void ada_layer_norm_row(const T* x, const T* scale, const T* shift, T* out, int64_t width, float eps) {
+  const float share = 1.0f / static_cast<float>(width);
+  float sum = 0, squares = 0;
+  in_pieces(x, width, [&](int64_t, int64_t count, const float* values) {
+    for (int64_t i = 0; i < count; ++i) sum += values[i];
+  });
+  const float mean = sum * share;
+  in_pieces(x, width, [&](int64_t, int64_t count, const float* values) {
+    for (int64_t i = 0; i < count; ++i) squares += (values[i] - mean) * (values[i] - mean);
+  });
+  const float factor = 1.0f / __builtin_sqrtf(squares * share + eps);
+  in_pieces(x, width, [&](int64_t column, int64_t count, float* values) {
+    float scales[kRun], shifts[kRun];
+    to_floats(scale + column, scales, count);
+    to_floats(shift + column, shifts, count);
+    for (int64_t i = 0; i < count; ++i)
+      values[i] = (values[i] - mean) * factor * (1.0f + scales[i]) + shifts[i];
+    from_floats(values, out + column, count);
+  });
+}
+
+template <class T>
+inline void ada_layer_norm_as(const AdaLayerNormArguments& a, int threads) {
+  const int64_t batch = a.x.shape[0], rows = a.x.shape[1], width = a.x.shape[2];
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t r = 0; r < rows; ++r) {
+      ada_layer_norm_row(static_cast<const T*>(a.x.data) + b * a.x.strides[0] + r * a.x.strides[1],
+                         static_cast<const T*>(a.scale.data) + b * a.scale.strides[0],
+                         static_cast<const T*>(a.shift.data) + b * a.shift.strides[0],
+                         static_cast<T*>(a.out.data) + b * a.out.strides[0] + r * a.out.strides[1], width, a.eps);
+    }
+  }
 }
 
 /// A view's innermost rows, by number: all leading dimensions flattened.
@@ -286,6 +333,9 @@ inline void block_mean(const BlockMeanArguments& a, int threads) {
 }
 inline void norm_rope(const NormRopeArguments& a, int threads) {
   with_type(a.x.dtype, [&](auto* t) { norm_rope_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
+}
+inline void ada_layer_norm(const AdaLayerNormArguments& a, int threads) {
+  with_type(a.x.dtype, [&](auto* t) { ada_layer_norm_as<std::remove_pointer_t<decltype(t)>>(a, threads); });
 }
 inline void taylor_update(const TaylorUpdateArguments& a, int threads) {
   with_type(a.feature.dtype,

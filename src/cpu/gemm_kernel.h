@@ -302,13 +302,14 @@ inline void gemm_o_update_as(const GemmOUpdateArguments& a, void* workspace, int
       [&](const GemmScratch& scratch, const auto& weight, int64_t b, int64_t block, int64_t group) {
         const int64_t begin = blocks.begin(block), rows = blocks.end(block) - begin;
         const int64_t first = groups.first(group), width = groups.width(group);
-        for (int32_t i = a.orders - 1; i >= 0; --i) {  // order 0 last: its sum goes on to the output
+        const bool caches = !a.keep_rows || any_active(bits, b, block);
+        for (int32_t i = caches ? a.orders - 1 : 0; i >= 0; --i) {  // order 0 last: its sum goes on to the output
           TileSum<T> sum(scratch, weight, group, width, rows);
           const T* o = row_of<const T>(a.o[i], b, begin, 0);
           add_heads(sum, bits, b, block, false, o, a.o[i].strides[1], a.head_dim);
           for (int64_t r = 0; r < rows; ++r) {
             if (i == 0) add_bias<T>(sum.row(r), a.bias, first, width);
-            from_floats(sum.row(r), row_of<T>(a.cached[i], b, begin + r, first), width);
+            if (caches) from_floats(sum.row(r), row_of<T>(a.cached[i], b, begin + r, first), width);
           }
           if (i > 0) continue;
           add_heads(sum, bits, b, block, true, o, a.o[0].strides[1], a.head_dim);

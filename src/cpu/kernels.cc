@@ -25,6 +25,7 @@ const KernelTable FLASHOMNI_JOIN(FLASHOMNI_ISA, _kernels) = {
     .gemm_o_dispatch = FLASHOMNI_ISA::gemm_o_dispatch,
     .block_mean = FLASHOMNI_ISA::block_mean,
     .norm_rope = FLASHOMNI_ISA::norm_rope,
+    .ada_layer_norm = FLASHOMNI_ISA::ada_layer_norm,
     .taylor_update = FLASHOMNI_ISA::taylor_update,
     .taylor_forecast = FLASHOMNI_ISA::taylor_forecast,
     .quantize_fp8 = FLASHOMNI_ISA::quantize_fp8,

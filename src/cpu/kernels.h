@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "flashomni/ada_layer_norm.h"
 #include "flashomni/attention.h"
 #include "flashomni/forecast.h"
 #include "flashomni/gemm.h"
@@ -22,6 +23,7 @@ struct KernelTable {
   void (*gemm_o_dispatch)(const GemmODispatchArguments&, void* workspace, int threads);
   void (*block_mean)(const BlockMeanArguments&, int threads);
   void (*norm_rope)(const NormRopeArguments&, int threads);
+  void (*ada_layer_norm)(const AdaLayerNormArguments&, int threads);
   void (*taylor_update)(const TaylorUpdateArguments&, int threads);
   void (*taylor_forecast)(const TaylorForecastArguments&, int threads);
   void (*quantize_fp8)(const QuantizeArguments&, int threads);

@@ -134,6 +134,17 @@ void run_gemm_o(DType dtype, const Rows& r, int64_t head_dim, int64_t extra, int
     u.o[i] = o[static_cast<size_t>(i)], u.cached[i] = cached[static_cast<size_t>(i)];
   run_operator(gemm_o_update_workspace, gemm_o_update, u, threads);
 
+  std::vector<Array> kept_cached;
+  Array again(dtype, {r.batch, r.rows, n});
+  again.poison();
+  for (int i = 0; i < orders; ++i) {
+    kept_cached.emplace_back(dtype, std::vector<int64_t>{r.batch, r.rows, n});
+    kept_cached.back().poison();
+    u.cached[i] = kept_cached.back();
+  }
+  u.out = again, u.keep_rows = true;
+  run_operator(gemm_o_update_workspace, gemm_o_update, u, threads);
+
   const Array later = Array::random(dtype, {r.batch, r.rows, k}, random);
   const Array coefficients = Array::random(DType::kFloat32, {orders}, random);
   Array next(dtype, {r.batch, r.rows, n}), kept(dtype, {r.batch, r.rows, n});
@@ -179,6 +190,11 @@ void run_gemm_o(DType dtype, const Rows& r, int64_t head_dim, int64_t extra, int
             << "dispatch";
         bool written = false;
         for (int64_t h = 0; h < r.heads; ++h) written |= r.active(b, m, h);
+        ASSERT_EQ(again(b, m, j), out(b, m, j)) << "update that keeps rows";
+        for (int i = 0; i < orders; ++i) {
+          const double got = kept_cached[static_cast<size_t>(i)](b, m, j);
+          ASSERT_TRUE(written ? got == cached[static_cast<size_t>(i)](b, m, j) : std::isnan(got));
+        }
         if (written) {
           ASSERT_EQ(kept(b, m, j), next(b, m, j)) << "dispatch that keeps rows";
         } else {

@@ -30,7 +30,7 @@ class Problem:
     head_dim: int  # of the reduction, for GEMM-O
     strided: bool = False
     apart: bool = False  # GEMM-O: the columns past the heads are a tensor of their own
-    keep_rows: bool = False  # GEMM-O's Dispatch leaves row blocks without an active head alone
+    keep_rows: bool = False  # GEMM-O leaves row blocks without an active head alone
     derivatives: list[Tensor] = field(default_factory=list)
 
     def heads_and_past(self) -> tuple[Tensor, Tensor | None]:
@@ -50,7 +50,7 @@ class Problem:
 
     @property
     def kept(self) -> Tensor:
-        """bool [B, M]: rows that a Dispatch leaves alone."""
+        """bool [B, M]: rows that a Dispatch leaves alone, and an Update in what it caches."""
         return ~self.active.any(-1) & self.keep_rows
 
     def dispatch_output(self) -> Tensor:
@@ -226,15 +226,20 @@ def run_update(p: Problem, out: Tensor, cached: list[Tensor]) -> None:
         head_dim=p.head_dim,
         row_offset=p.row_offset,
         derivatives=p.derivatives,
+        keep_rows=p.keep_rows,
         out=out,
         cached=cached,
     )
 
 
 def check_update(p: Problem, out: Tensor, cached: list[Tensor]) -> None:
+    """Asserts that `out` and `cached`, NaN before, hold the solution; kept rows of `cached` still NaN."""
+    rows = ~p.kept
     for i, source in enumerate([p.x, *p.derivatives]):
         value, magnitude = terms(p, p.head_columns(source, active=False))
-        close(cached[i], value + (bias_of(p) if i == 0 else 0.0), magnitude + 1, p.x.dtype, f"cached[{i}]")
+        value = value + (bias_of(p) if i == 0 else 0.0)
+        close(cached[i][rows], value[rows], magnitude[rows] + 1, p.x.dtype, f"cached[{i}]")
+        assert cached[i][~rows].isnan().all(), "a cached tensor was written where rows are kept"
     value, magnitude = terms(p, p.x)
     close(out, value + bias_of(p), magnitude + 1, p.x.dtype, "gemm_o_update")
 
@@ -264,6 +269,7 @@ def check_dispatch(p: Problem, cached: list[Tensor], coefficients: Tensor, out: 
     value, magnitude = terms(p, p.head_columns(p.x, active=True))
     for c, part in zip(coefficients.tolist(), cached, strict=True):
         if c != 0:
-            value, magnitude = value + c * part.double(), magnitude + abs(c) * part.double().abs()
+            part = part.double().nan_to_num()  # kept rows
+            value, magnitude = value + c * part, magnitude + abs(c) * part.abs()
     rows = ~p.kept
     close(out[rows], value[rows], magnitude[rows], p.x.dtype, "gemm_o_dispatch")

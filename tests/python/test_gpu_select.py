@@ -465,7 +465,7 @@ def test_a_norm_too_wide_is_refused_before_anything_runs(heads: tuple) -> None:
     x, keys = (torch.full((1, 10, n, 256), 3.0, device="cuda").bfloat16() for n in heads)
     weights = [torch.ones(n * 256, device="cuda").bfloat16() for n in heads]
     with pytest.raises(
-        NotImplementedError, match="weight: expected a norm over at most 96 heads of 256, got 97"
+        NotImplementedError, match="weight: expected a norm over at most 80 heads of 256, got 81"
     ):
         norm_rope(x, weights[0], None, None, keys=keys, keys_weight=weights[1])
     assert bool((x == 3).all()) and bool((keys == 3).all())

@@ -141,17 +141,21 @@ def test_gemm_o(geometry, head_dim, past, apart, order, bias, keep_rows) -> None
         head_dim=head_dim,
         row_offset=case.offset,
         derivatives=derivatives,
+        keep_rows=keep_rows,
         out=out,
         cached=cached,
     )
+    asleep = ~case.active().any(-1)
     assert got[0] is out and all(a is b for a, b in zip(got[1], cached, strict=True))
     for b in range(case.shape[0]):
         geometry_b = (case.symbols.cache[b], case.heads, head_dim, case.block_q, case.offset)
         features = [case.x[b], *(d[b] for d in derivatives)]
         expected_out, expected_cached = reference.gemm_o_update(features, case.weight, bias, *geometry_b)
         reference.assert_close(out[b], expected_out, case.dtype, "out")
+        written = ~(asleep[b] & keep_rows)
         for i, part in enumerate(expected_cached):
-            reference.assert_close(cached[i][b], part, case.dtype, f"cached[{i}]")
+            reference.assert_close(cached[i][b, written], part[written], case.dtype, f"cached[{i}]")
+            assert cached[i][b, ~written].isnan().all()
 
     # The forecast's terms grow with the coefficients: halves keep it of order 1.
     factors = coefficients(order, 0.5)
@@ -159,7 +163,6 @@ def test_gemm_o(geometry, head_dim, past, apart, order, bias, keep_rows) -> None
     active = case.active().repeat_interleave(head_dim, -1)
     o[..., :width][~active] = float("nan")
     held = random(case.generator, *case.shape, dtype=case.dtype)
-    asleep = ~case.active().any(-1)
     if keep_rows:  # what nothing of may be read
         o[asleep] = float("nan")
         for part in cached:
@@ -242,6 +245,8 @@ def test_rows_that_are_kept_are_zero_in_a_new_output() -> None:
 
 def test_without_symbols_no_row_is_kept() -> None:
     case = Matrix(9, 1, 50, 2, 0, 128, 1.0, torch.float32, width=128, outputs=40)
+    _, (cached,) = gemm_o_update(case.x, case.weight, case.bias, None, head_dim=64, keep_rows=True)
+    torch.testing.assert_close(cached, case.bias.expand(1, 50, 40))
     arguments = (case.x, case.weight, [torch.randn(case.shape)], coefficients(0, 1.0), None)
     out = gemm_o_dispatch(*arguments, head_dim=64, keep_rows=True)
     assert torch.equal(out, gemm_o_dispatch(*arguments, head_dim=64))

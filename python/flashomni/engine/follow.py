@@ -37,7 +37,7 @@ def follow(engine, layer: int, name: str, compute: Compute, *, start: int) -> Te
     """
     state = engine.contexts.get(engine.context, layer)
     followed = state.followed.setdefault(name, Followed())
-    if state.done == "dispatch" and followed.recorded_step == state.updated_step:
+    if state.done == "dispatch" and state.is_followed(name):
         kept = followed.kept[: followed.orders]
         out = torch.empty(kept[0].shape, dtype=kept[0].like.dtype, device=kept[0].like.device)
         with engine.ledger("forecast"):

@@ -108,6 +108,10 @@ class LayerRun:
         self.keeps_o = self.caches and any(
             why_not_plain(output.linear, o.dtype) is not None for output in attention.outputs
         )
+        # Rows without an active head are forecast with what the MLP adds to them, not by GEMM-O.
+        self.follows = (
+            self.caches and attention.past is not None and config.mlp == "follow" and not self.keeps_o
+        )
         self.kind, record = self._decide()
         self.record = record and self.caches
         self.state.done = self.kind if self.caches else "full"
@@ -124,7 +128,8 @@ class LayerRun:
         plan = engine.plan
         if plan.kind != "dispatch":
             return plan.kind, plan.kind == "update" or plan.record
-        if state.is_ready(engine) and state.keeps_o == self.keeps_o:
+        ready = state.is_ready(engine) and state.keeps_o == self.keeps_o
+        if ready and (not self.follows or state.is_followed("output")):
             return "dispatch", False
         # This context was not there at the Update (guidance that starts late), or its modules changed.
         engine.journal.later(partial(engine.stats.note, "dispatch without an update: dense"))
@@ -132,7 +137,7 @@ class LayerRun:
 
     def run(self) -> list[Tensor]:
         """The outputs [B, rows, N], one a projection."""
-        if self.a.past is None or self.engine.config.mlp != "follow" or self.keeps_o:
+        if not self.follows:
             return self._run()
         (output,) = self.a.outputs
 
@@ -330,6 +335,7 @@ class LayerRun:
             head_dim=a.head_dim,
             row_offset=output.start,
             past=self._past(output),
+            keep_rows=self.follows,
             derivatives=[self._rows(d, output) for d in derivatives],
             cached=products,
         )

@@ -179,6 +179,11 @@ class LayerState:
         """Whether the Update before the Dispatch step at hand was done here."""
         return self.updated_step == engine.index - engine.plan.since_update
 
+    def is_followed(self, name: str) -> bool:
+        """Whether what follows by this name was kept at the Update whose symbols these are."""
+        followed = self.followed.get(name)
+        return followed is not None and followed.recorded_step == self.updated_step
+
     def history_of(self, engine) -> tuple[int, int]:
         """(how many differences the history supports, steps since its last record) at the step at hand."""
         gap = engine.index - self.recorded_step

@@ -6,6 +6,7 @@ torch.get_num_threads() threads. Errors (ValueError, TypeError, NotImplementedEr
 come before anything is written.
 """
 
+from flashomni.ops.ada_layer_norm import ada_layer_norm
 from flashomni.ops.attention import sparse_attention
 from flashomni.ops.bits import packbits, segment_packbits
 from flashomni.ops.forecast import quantize_fp8, taylor_forecast, taylor_update
@@ -19,6 +20,7 @@ from flashomni.ops.select import (
 )
 
 __all__ = [
+    "ada_layer_norm",
     "block_mean",
     "gemm_o_dispatch",
     "gemm_o_update",

@@ -79,7 +79,7 @@ _q_operator = define(
 _update_operator = define(
     "gemm_o_update(Tensor[] o, Tensor? past, Tensor weight, Tensor? bias, Tensor? cache, "
     "Tensor? cache_indptr, Tensor(a!) out, Tensor(b!)[] cached, int head_dim, int heads, "
-    "int tokens, int row_offset, int block_q) -> ()",
+    "int tokens, int row_offset, int block_q, bool keep_rows) -> ()",
     _call_update,
     no_result,
 )
@@ -140,6 +140,7 @@ def gemm_o_update(
     row_offset: int = 0,
     derivatives: Sequence[Tensor] = (),
     past: Tensor | None = None,
+    keep_rows: bool = False,
     out: Tensor | None = None,
     cached: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -152,11 +153,14 @@ def gemm_o_update(
         columns in a tensor of their own, [B, M, K'], where o has the heads alone. weight: [N, K + K'];
         bias: [N]. derivatives: the differences of order 1..D of o, D <= 3, [B, M, >= heads * head_dim] each.
     symbols: their cache bits; rows as in gemm_q. out, cached: [B, M, N], D + 1 of the latter.
+    keep_rows: as the Dispatch steps to come have it: no cached tensor is computed or written in rows of row
+        blocks without an active head.
 
     Returns (out, cached). Raises ValueError, TypeError or NotImplementedError that names the argument,
     RuntimeError for tensors that require grad.
     """
     derivatives = tuple(derivatives)
+    expect_bool("keep_rows", keep_rows)
     all_derivatives = orders("derivatives", derivatives, 0, _ORDERS - 1)
     given = () if cached is None else tuple(cached)
     if cached is not None:
@@ -173,7 +177,8 @@ def gemm_o_update(
         out = new_output(shape, o, None)
     result = list(given) if given else [new_output(shape, o, None) for _ in range(len(derivatives) + 1)]
     (_call_update if direct else _update_operator)(
-        [o, *derivatives], past, weight, bias, cache, cache_indptr, out, result, head_dim, *geometry
+        *([o, *derivatives], past, weight, bias, cache, cache_indptr, out, result),
+        *(head_dim, *geometry, keep_rows),
     )
     return out, result
 

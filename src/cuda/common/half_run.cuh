@@ -48,6 +48,13 @@ __device__ inline void to_floats(const HalfRun<Element>& run, float (&values)[kR
   for (int i = 0; i < kRun; ++i) values[i] = static_cast<float>(run.element[i]);
 }
 
+/// Has the compiler unpack `run` anew from here on: it would rather keep the floats, in twice the registers.
+template <class Element>
+__device__ inline void keep_packed(HalfRun<Element>& run) {
+  uint4& words = reinterpret_cast<uint4&>(run);
+  asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+}
+
 /// Rounds to the nearest, ties to even.
 template <class Element>
 __device__ inline HalfRun<Element> from_floats(const float (&values)[kRun]) {

@@ -7,11 +7,20 @@
 namespace flashomni::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kHeadsAGroup = 8;
+constexpr int kThreads = 128;
+#ifndef NR_GROUP
+#define NR_GROUP 8
+#endif
+#ifndef NR_AT_ONCE
+#define NR_AT_ONCE 4
+#endif
+#ifndef NR_MIN
+#define NR_MIN 7
+#endif
+constexpr int kHeadsAGroup = NR_GROUP, kAtOnce = NR_AT_ONCE;
 
-template <class Element, int kLanes>
-__global__ void __launch_bounds__(kThreads) norm_rope_kernel(const __grid_constant__ NormRopeProblems q) {
+template <class Element, int kLanes, bool kAligned>
+__global__ void __launch_bounds__(kThreads, NR_MIN) norm_rope_kernel(const __grid_constant__ NormRopeProblems q) {
   const NormRopeProblem& p = q.of[blockIdx.z / q.batch];
   const int batch = blockIdx.z % q.batch;
   const int lane = threadIdx.x % kLanes, column = lane * kRun;
@@ -19,23 +28,39 @@ __global__ void __launch_bounds__(kThreads) norm_rope_kernel(const __grid_consta
   const bool works = row < p.rows && column < p.dim;  // the others take part in sums alone
   const int64_t position = p.row_offset + row;
   Element* x = static_cast<Element*>(p.x) + batch * p.strides[0] + row * p.strides[1] + column;
-  const uint8_t* bits = p.cache == nullptr ? nullptr : p.cache + batch * p.cache_stride;
-  float weight[kRun] = {}, cosine[kRun] = {}, sine[kRun] = {};
+  const ActiveHeads active_heads(p, batch, position);
+  HalfRun<Element> weight{};
+  float cosine[kRun] = {}, sine[kRun] = {};
   if (works && p.weight != nullptr)
-    to_floats(load_run(static_cast<const Element*>(p.weight) + column, p.weight_aligned), weight);
+    weight = load_run(static_cast<const Element*>(p.weight) + column, kAligned);
   if (works && p.cos != nullptr) {
-    load_floats(p.cos + position * p.cos_stride + column, p.tables_aligned, cosine);
-    load_floats(p.sin + position * p.sin_stride + column, p.tables_aligned, sine);
+    load_floats(p.cos + position * p.cos_stride + column, kAligned, cosine);
+    load_floats(p.sin + position * p.sin_stride + column, kAligned, sine);
   }
-  const int last = min(p.heads, static_cast<int>(blockIdx.y + 1) * kHeadsAGroup);
-#pragma unroll 2
-  for (int head = blockIdx.y * kHeadsAGroup; head < last; ++head) {
-    const bool active = works && is_active(p, bits, position, head);
-    float values[kRun] = {};
-    if (active) to_floats(load_run(x + head * p.strides[2], p.aligned), values);
-    if (p.weight != nullptr) normalize<kLanes>(p, weight, values);
-    if (p.cos != nullptr) rotate(cosine, sine, values);
-    if (active) store_run(x + head * p.strides[2], from_floats<Element>(values), p.aligned);
+  const int first = blockIdx.y * kHeadsAGroup, last = min(p.heads, first + kHeadsAGroup);
+  x += first * p.strides[2];
+  for (int head = first; head < last; head += kAtOnce, x += kAtOnce * p.strides[2]) {
+    HalfRun<Element> part[kAtOnce] = {};
+    bool active[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      active[i] = works && head + i < last && active_heads.has(head + i);
+      if (active[i]) part[i] = load_run(x + i * p.strides[2], kAligned);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      float values[kRun];
+      keep_packed(part[i]);
+      to_floats(part[i], values);
+      if (p.weight != nullptr) {
+        float factors[kRun];
+        keep_packed(weight);
+        to_floats(weight, factors);
+        normalize<kLanes>(p, factors, values);
+      }
+      if (p.cos != nullptr) rotate(cosine, sine, values);
+      if (active[i]) store_run(x + i * p.strides[2], from_floats<Element>(values), kAligned);
+    }
   }
 }
 
@@ -46,7 +71,9 @@ void norm_rope_each_head(const NormRopeProblems& q, DType dtype, cudaStream_t st
       const int rows = kThreads / lanes;
       const dim3 grid((q.of[0].rows + rows - 1) / rows, (q.most_heads() + kHeadsAGroup - 1) / kHeadsAGroup,
                       q.grid_z());
-      norm_rope_kernel<Element, decltype(lanes)::value><<<grid, kThreads, 0, stream>>>(q);
+      with_alignment(q, [&](auto aligned) {
+        norm_rope_kernel<Element, decltype(lanes)::value, decltype(aligned)::value><<<grid, kThreads, 0, stream>>>(q);
+      });
     });
   });
   check_cuda(cudaGetLastError(), "norm_rope_kernel");

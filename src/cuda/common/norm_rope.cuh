@@ -5,6 +5,7 @@
 
 #include "src/cuda/common/elementwise.h"
 #include "src/cuda/common/half_run.cuh"
+#include "src/cuda/common/lane_sums.cuh"
 
 namespace flashomni::cuda {
 
@@ -44,6 +45,14 @@ struct NormRopeProblems {
   int count, batch;
 
   void add(const NormRopeProblem& problem) { of[count++] = problem; }
+  /// Whether every run of all of them can be moved in one access.
+  bool aligned() const {
+    bool all = true;
+    for (int i = 0; i < count; ++i)
+      all = all && of[i].aligned && (of[i].weight == nullptr || of[i].weight_aligned) &&
+            (of[i].cos == nullptr || of[i].tables_aligned);
+    return all;
+  }
   int most_heads() const { return count == 2 && of[1].heads > of[0].heads ? of[1].heads : of[0].heads; }
   unsigned grid_z() const { return static_cast<unsigned>(count) * static_cast<unsigned>(batch); }
 };
@@ -51,10 +60,27 @@ struct NormRopeProblems {
 /// The norms of all of them are over all heads of a token.
 void norm_rope_across_heads(const NormRopeProblems& problems, DType dtype, cudaStream_t stream);
 
-__device__ inline bool is_active(const NormRopeProblem& p, const uint8_t* bits, int64_t position, int head) {
-  if (bits == nullptr) return true;
-  const int64_t bit = position / p.block_q * p.heads + head;
-  return bits[bit >> 3] >> (bit & 7) & 1;
+/// Which heads of one token are active.
+struct ActiveHeads {
+  const uint8_t* bits = nullptr;  // null: all
+  int first = 0;                  // bit of head 0
+
+  __device__ ActiveHeads(const NormRopeProblem& p, int batch, int64_t position) {
+    if (p.cache == nullptr) return;
+    const int64_t bit = position / p.block_q * p.heads;
+    bits = p.cache + batch * p.cache_stride + bit / 8, first = bit % 8;
+  }
+  __device__ bool has(int head) const {
+    const uint32_t bit = first + head;
+    return bits == nullptr || (bits[bit / 8] >> bit % 8 & 1);
+  }
+};
+
+/// Calls f with a constant: kernels for unaligned runs move them element by element, in many more registers.
+template <class F>
+void with_alignment(const NormRopeProblems& q, F&& f) {
+  if (q.aligned()) return f(std::true_type());
+  f(std::false_type());
 }
 
 /// Calls f with the lanes of a group as a constant.
@@ -82,14 +108,6 @@ __device__ inline float squares_of_run(const float (&values)[kRun]) {
 #pragma unroll
   for (int i = 0; i < kRun; ++i) squares += values[i] * values[i];
   return squares;
-}
-
-/// Over a group of lanes; every lane has the result. All lanes of the warp take part.
-template <int kLanes>
-__device__ inline float sum_of_lanes(float value) {
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-  return value;
 }
 
 template <int kLanes>

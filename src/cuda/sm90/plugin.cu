@@ -159,6 +159,7 @@ PluginTable make_table() {
   table.summarize_symbols = run<summarize, device_of_symbols, SummarizeArguments>;
   table.norm_rope = run<norm_rope, device_of_x<NormRopeArguments>, NormRopeArguments>;
   table.norm_rope_mean = run<norm_rope_mean, device_of_mean, NormRopeMeanArguments>;
+  table.ada_layer_norm = run<ada_layer_norm, device_of_x<AdaLayerNormArguments>, AdaLayerNormArguments>;
   table.taylor_update = run<taylor_update, device_of_derivatives<TaylorUpdateArguments>, TaylorUpdateArguments>;
   table.taylor_forecast =
       run<taylor_forecast, device_of_derivatives<TaylorForecastArguments>, TaylorForecastArguments>;

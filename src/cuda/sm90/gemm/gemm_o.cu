@@ -80,6 +80,7 @@ void gemm_o_update(const GemmOUpdateArguments& a, const Context& context) {
   for (int i = 1; i < a.orders; ++i) p.o[i] = matrix_map(a.o[i], 0, a.tiles.heads, a.head_dim, 64, kO[i]);
   for (int i = 0; i < a.orders; ++i) p.cached[i] = output_of(a.cached[i], 1, 64, kCached[i]);
   p.bias = a.bias.present() ? a.bias.data : nullptr;
+  p.keeps_rows = a.keep_rows;
   launch(p, a.out.dtype, a.out.device.id, context);
 }
 

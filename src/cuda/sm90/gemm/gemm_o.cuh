@@ -17,7 +17,8 @@ struct OTile {
   int steps[2];
   int stores;       // 2: after both stretches; 1: after the last only
   int row, column;  // first token, below 0 where rows lie before the matrix; first output feature
-  int writes;       // bit i: consumer i's rows are written
+  int writes;       // bit i: consumer i's rows are written at the end
+  int caches;       // bit i: and after the first stretch
   int panels;       // of 64 features: 4, or 2 of a halved tile
   int order, batch;
   int block;  // of the joint sequence, of consumer 0's rows
@@ -39,7 +40,7 @@ struct OParameters {
   int row_tiles, batch, features;
   // A cluster's blocks take neighbouring tiles of the same rows: an item. Those past `kept` are halves.
   int sharers, items, kept;
-  bool keeps_rows;  // those of row blocks without an active head
+  bool keeps_rows;  // those of row blocks without an active head: a Dispatch's, an Update's of cached tensors
 
   __device__ bool dispatches() const { return coefficients != nullptr; }
   /// Whether the matrix has any of the 64 rows from `row` on.
@@ -75,11 +76,14 @@ struct TileHeads {
     for (int w = 0; w < words(); ++w) heads += __popc(word(w, 0, active) | word(w, 1, active));
     return heads;
   }
-  /// Whether a half's rows are there and have to be written.
-  __device__ bool is_written(int half) const {
-    bool any = !p.keeps_rows;
-    for (int w = 0; !any && w < words(); ++w) any = word(w, half, true) != 0;
-    return any && p.has_rows(tile.row + 64 * half);
+  /// Bit i: whether rows of half i are there.
+  __device__ int present() const { return p.has_rows(tile.row) | p.has_rows(tile.row + 64) << 1; }
+  /// The same of those that are not kept.
+  __device__ int not_kept() const {
+    if (!p.keeps_rows) return present();
+    int halves = 0;
+    for (int w = 0; w < words(); ++w) halves |= (word(w, 0, true) != 0) | (word(w, 1, true) != 0) << 1;
+    return halves;
   }
 };
 
@@ -125,8 +129,9 @@ struct OScheduler : GemmScheduler<Config> {
       const bool main = tile.order == 0;
       tile.steps[0] = p.dispatches() ? 0 : heads.count(false) * p.head_steps();
       tile.steps[1] = main ? heads.count(true) * p.head_steps() + p.past_steps() : 0;
-      tile.stores = main && !p.dispatches() ? 2 : 1;
-      tile.writes = heads.is_written(0) | heads.is_written(1) << 1;
+      tile.caches = main && !p.dispatches() ? heads.not_kept() : 0;
+      tile.stores = tile.caches != 0 ? 2 : 1;
+      tile.writes = main && !p.dispatches() ? heads.present() : heads.not_kept();
     }
     __syncwarp();
     if (tile.writes == 0) return false;
@@ -247,16 +252,16 @@ struct OStorer : GemmStorer<Config> {
       this->tiles.wait_full(this->shared.tiles);
       const OTile& tile = this->shared.tile[this->tiles.slot()];
       if (tile.steps[0] == kNoMoreWork) break;
-      if (tile.stores == 2) this->store_both([&](int consumer) { copy(p.cached[0], tile, consumer); });
+      if (tile.stores == 2) this->store_both([&](int consumer) { copy(p.cached[0], tile, consumer, tile.caches); });
       const OutputMatrix& last = tile.order == 0 ? p.out : p.cached[tile.order];
-      this->store_both([&](int consumer) { copy(last, tile, consumer); });
+      this->store_both([&](int consumer) { copy(last, tile, consumer, tile.writes); });
       this->release_tile();
     }
     this->finish();
   }
 
-  __device__ void copy(const OutputMatrix& out, const OTile& tile, int consumer) {
-    if (!(tile.writes >> consumer & 1)) return;
+  __device__ void copy(const OutputMatrix& out, const OTile& tile, int consumer, int consumers) {
+    if (!(consumers >> consumer & 1)) return;
     const int row = tile.row + 64 * consumer;
     for (int panel = 0; panel < tile.panels; ++panel) {
       const int column = tile.column + 64 * panel;
