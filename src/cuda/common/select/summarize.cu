@@ -74,7 +74,6 @@ __device__ void write_rows(const SummaryProblem& p, int batch) {
 }
 
 __global__ void __launch_bounds__(kThreads) summarize_kernel(const __grid_constant__ SummaryProblem p) {
-  let_next_start();
   wait_for_previous();
   const int index = blockIdx.x;
   if (index < p.heads) {
