@@ -1,7 +1,8 @@
 // The vision blocks with the smallest share in what vision gives to the text and takes from it, up to tau_q.
 //
-// A CTA a head. Each block adds up by itself the shares of those that come before it in the order of (share,
-// index): no sort, and no thread waits for another.
+// A CTA a head. Nearly all time is latency: loads and sums depend on each other as little as they can. Each
+// block adds up by itself the shares of those that come before it in the order of (share, index): no sort,
+// and no thread waits for another.
 #include <algorithm>
 
 #include "src/cuda/common/chain.cuh"
@@ -10,22 +11,31 @@
 namespace flashomni::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kMostThreads = 512;
 
 template <int kUnit>
 __host__ __device__ int64_t padded(int count) {
   return (int64_t(count) + kUnit - 1) / kUnit * kUnit;
 }
 
-/// Over the whole CTA; every thread has the result.
-__device__ double total_of_all(double value) {
-  __shared__ double parts[kWarps];
-  value = total<32>(value);
+/// Of all vision blocks.
+struct Totals {
+  double given = 0, taken = 0;
+};
+
+/// Each thread's added up over the CTA; every thread has the result. Called once.
+__device__ Totals total_of_all(Totals own) {
+  __shared__ double parts[kMostThreads / 32][2];
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    own.given += __shfl_xor_sync(kWholeWarp, own.given, distance);
+    own.taken += __shfl_xor_sync(kWholeWarp, own.taken, distance);
+  }
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32][0] = own.given, parts[threadIdx.x / 32][1] = own.taken;
   __syncthreads();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-  __syncthreads();
-  double sum = 0;
-  for (int warp = 0; warp < kWarps; ++warp) sum += parts[warp];
+  Totals sum;
+#pragma unroll 4
+  for (int warp = 0; warp < blockDim.x / 32; ++warp) sum.given += parts[warp][0], sum.taken += parts[warp][1];
   return sum;
 }
 
@@ -34,28 +44,46 @@ struct Columns {
   double* inverse;  // of the sum, [text_kv]; 0 where no score is finite
   float* peak;      // [text_kv]
 
+  /// This lane's scores of a column; the lowest for blocks of text. Four are read at a time.
+  template <class F>
+  __device__ static void each(const SelectProblem& p, const float* x, F&& f) {
+    constexpr int kAtATime = 4;
+#pragma unroll 1
+    for (int first = threadIdx.x % 32; first < p.q_blocks; first += kAtATime * 32) {
+      float score[kAtATime];
+#pragma unroll
+      for (int u = 0; u < kAtATime; ++u) {
+        const int i = first + u * 32;
+        score[u] = i < p.q_blocks && !p.is_text_q(i) ? x[i] : -INFINITY;
+      }
+#pragma unroll
+      for (int u = 0; u < kAtATime; ++u) f(finite_or_lowest(score[u]));
+    }
+  }
+  /// The last warps first: meanwhile the first ones read what their blocks give.
   __device__ void measure(const SelectProblem& p, const float* scores) const {
-    const int lane = threadIdx.x % 32;
-    for (int column = threadIdx.x / 32; column < p.text_kv(); column += kWarps) {
+    const int warps = blockDim.x / 32;
+#pragma unroll 1
+    for (int column = warps - 1 - threadIdx.x / 32; column < p.text_kv(); column += warps) {
       const float* x = scores + int64_t(column) * p.q_blocks;
       float most = -INFINITY;
-      for (int i = lane; i < p.q_blocks; i += 32)
-        if (!p.is_text_q(i)) most = fmaxf(most, finite_or_lowest(x[i]));
+      each(p, x, [&](float score) { most = fmaxf(most, score); });
       most = maximum<32>(most);
       const bool any = most > -INFINITY;
+      if (!any) most = 0;
       double sum = 0;
-      for (int i = lane; i < p.q_blocks; i += 32)
-        if (any && !p.is_text_q(i)) sum += expf(finite_or_lowest(x[i]) - most);
+      each(p, x, [&](float score) { sum += expf(score - most); });
       sum = total<32>(sum);
-      if (lane == 0) peak[column] = any ? most : 0, inverse[column] = any ? 1.0 / sum : 0;
+      if (threadIdx.x % 32 == 0) peak[column] = most, inverse[column] = any ? 1.0 / sum : 0;
     }
   }
   /// G: what vision block i takes from the text.
   __device__ float taken(const SelectProblem& p, const float* scores, int i) const {
     float sum = 0;
+#pragma unroll 4
     for (int column = 0; column < p.text_kv(); ++column) {
       const float score = finite_or_lowest(scores[int64_t(column) * p.q_blocks + i]);
-      if (inverse[column] > 0) sum += static_cast<float>(expf(score - peak[column]) * inverse[column]);
+      sum += static_cast<float>(expf(score - peak[column]) * inverse[column]);
     }
     return sum;
   }
@@ -65,64 +93,79 @@ struct Columns {
 __device__ float given(const SelectProblem& p, const float* text_rows, int i) {
   const int first = i * p.kv_blocks_a_q_block, last = min(first + p.kv_blocks_a_q_block, p.kv_blocks);
   float sum = 0;
-  for (int row = 0; row < p.text_q(); ++row)
-    for (int j = first; j < last; ++j) sum += text_rows[int64_t(row) * p.kv_blocks + j];
+#pragma unroll 1
+  for (int j = first; j < last; ++j) {
+#pragma unroll 4
+    for (int row = 0; row < p.text_q(); ++row) sum += text_rows[int64_t(row) * p.kv_blocks + j];
+  }
   return sum;
 }
 
-/// Shares of the vision blocks, in shared memory; `scratch` holds as many floats.
+/// Shares of the vision blocks, in shared memory, infinite for blocks of text and up to a multiple of four;
+/// `scratch` holds as many floats.
 __device__ void measure_shares(const SelectProblem& p, int64_t of_head, const Columns& columns, float* share,
                                float* scratch) {
   const float* scores = p.text_columns + of_head * p.text_kv() * p.q_blocks;
   const float* text_rows = p.text_rows + of_head * p.text_q() * p.kv_blocks;
   columns.measure(p, scores);
-  __syncthreads();
-  double all_given = 0, all_taken = 0;
-  for (int i = threadIdx.x; i < p.q_blocks; i += kThreads) {
-    const bool vision = !p.is_text_q(i);
-    all_given += share[i] = vision ? given(p, text_rows, i) : 0;
-    all_taken += scratch[i] = vision ? columns.taken(p, scores, i) : 0;
-  }
-  all_given = total_of_all(all_given), all_taken = total_of_all(all_taken);
-  for (int i = threadIdx.x; i < p.q_blocks; i += kThreads) {
-    const double gives = all_given > 0 ? share[i] / all_given : 0, takes = all_taken > 0 ? scratch[i] / all_taken : 0;
-    share[i] = static_cast<float>(0.5 * (gives + takes));
+  Totals all;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.q_blocks; i += blockDim.x)
+    all.given += share[i] = p.is_text_q(i) ? 0 : given(p, text_rows, i);
+  __syncthreads();  // the columns are measured
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.q_blocks; i += blockDim.x)
+    all.taken += scratch[i] = p.is_text_q(i) ? 0 : columns.taken(p, scores, i);
+  all = total_of_all(all);
+  if (!(all.given > 0)) all.given = 1;  // what each gives is 0
+  if (!(all.taken > 0)) all.taken = 1;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < padded<4>(p.q_blocks); i += blockDim.x) {
+    const bool vision = i < p.q_blocks && !p.is_text_q(i);
+    share[i] = vision ? static_cast<float>(0.5 * (share[i] / all.given + scratch[i] / all.taken)) : INFINITY;
   }
   __syncthreads();
 }
 
-/// Whether the shares up to block i, itself included, add up to at most `limit`.
+/// Whether the shares up to vision block i, itself included, add up to at most `limit`.
 __device__ bool is_cached(const SelectProblem& p, const float* share, int i, double limit) {
   const float own = share[i];
-  double mass = 0;
-  for (int j = 0; j < p.q_blocks; ++j) {
-    const bool before = share[j] < own || (share[j] == own && j <= i);
-    if (before && !p.is_text_q(j)) mass += share[j];
+  double mass[4] = {};  // four sums: none waits for the one before
+#pragma unroll 2
+  for (int j = 0; j < p.q_blocks; j += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(share + j);
+    const float shares[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      if (shares[u] < own || (shares[u] == own && j + u <= i)) mass[u] += shares[u];
   }
-  return mass <= limit;
+  return (mass[0] + mass[1]) + (mass[2] + mass[3]) <= limit;
 }
 
-__global__ void __launch_bounds__(kThreads) cache_kernel(const __grid_constant__ SelectProblem p) {
+__global__ void __launch_bounds__(kMostThreads) cache_kernel(const __grid_constant__ SelectProblem p) {
   let_next_start();
   wait_for_previous();
-  extern __shared__ double memory[];
-  // Each part begins at a multiple of 16 bytes: wide reads of one do not touch the next.
+  extern __shared__ __align__(16) double memory[];
+  // Each part begins at a multiple of 16 bytes, for wide reads.
   const Columns columns{memory, reinterpret_cast<float*>(memory + padded<2>(p.text_kv()))};
   float *share = columns.peak + padded<4>(p.text_kv()), *scratch = share + padded<4>(p.q_blocks);
   const int head = blockIdx.x, batch = blockIdx.y;
   const int64_t of_head = int64_t(batch) * p.heads + head;
-  const float tau = p.ramped(p.tau_q);
+  const float ramp = p.ramp_value();
+  if (p.caches) measure_shares(p, of_head, columns, share, scratch);
+  const float tau = ramped(p.tau_q, ramp);
   const bool chooses = p.caches && tau > 0;
-  if (chooses) measure_shares(p, of_head, columns, share, scratch);
   uint8_t* active = p.active + batch * p.tiles() + head;
   int count = 0;
-  for (int i = threadIdx.x; i < p.q_blocks; i += kThreads) {
-    const bool computes = !chooses || p.is_text_q(i) || !is_cached(p, share, i, limit_of(tau));
-    active[int64_t(i) * p.heads] = computes;
-    count += computes;
+#pragma unroll 1
+  for (int first = 0; first < p.q_blocks; first += blockDim.x) {
+    const int i = first + threadIdx.x;
+    const bool computes =
+        i < p.q_blocks && (!chooses || p.is_text_q(i) || !is_cached(p, share, i, limit_of(tau)));
+    if (i < p.q_blocks) active[int64_t(i) * p.heads] = computes;
+    count += __syncthreads_count(computes);
   }
-  const double all = total_of_all(count);
-  if (threadIdx.x == 0) p.counts[of_head] = static_cast<int>(all);
+  if (threadIdx.x == 0) p.counts[of_head] = count;
 }
 
 }  // namespace
@@ -140,7 +183,8 @@ void launch_cache(const SelectProblem& p, int device, cudaStream_t stream) {
     check_cuda(cudaFuncSetAttribute(cache_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
                "cache_kernel's shared memory");
   });
-  launch_next(cache_kernel, "cache_kernel", p, dim3(p.heads, p.batch), kThreads, cache_shared_bytes(p), device,
+  const int threads = p.q_blocks <= 128 ? 256 : kMostThreads;  // some for rows, some for columns
+  launch_next(cache_kernel, "cache_kernel", p, dim3(p.heads, p.batch), threads, cache_shared_bytes(p), device,
               stream);
 }
 

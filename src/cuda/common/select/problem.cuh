@@ -1,9 +1,12 @@
-// What the three kernels of the selection share: the problem, and what each leaves in the workspace for the next.
+// What the three kernels of the selection share: the problem, and what each leaves in the workspace for the
+// next.
 //
 //   skip_kernel    scores and softmax of each row; kept[tile]: its KV blocks, as if the tile were active
+//                  (skip_short_kernel where rows are short)
 //   cache_kernel   what each vision block gives to and takes from the text; active[tile], counts[batch, head]
 //   pack_kernel    S_q, then the bits
-// tile = q_block * heads + head, within a batch element.
+// tile = q_block * heads + head, within a batch element. The first two let the next start early; the last
+// does not, as CTAs of what follows would take the SMs from those that still compute.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -41,18 +44,24 @@ struct SelectProblem {
   __host__ __device__ int kept_bytes() const { return (kv_blocks + 7) / 8 + 1; }
   __device__ bool is_text_q(int i) const { return i >= text_q_begin && i < text_q_end; }
   __device__ bool is_text_kv(int j) const { return j >= text_kv_begin && j < text_kv_end; }
-  /// Whether KV block j's mean does not stand for its tokens. What is no number is not above the threshold.
-  __device__ bool is_guarded(int of_batch, int of_head, int j) const {
-    if (k_similarity == nullptr) return false;
+  /// Of the tokens of KV block j; infinite where none is given.
+  __device__ float similarity(int of_batch, int of_head, int j) const {
+    if (k_similarity == nullptr) return INFINITY;
     const float* of_pair =
         k_similarity + of_batch * similarity_strides[0] + of_head / heads_a_kv_head * similarity_strides[2];
-    return !(of_pair[j * similarity_strides[1]] > self_similarity);
+    return of_pair[j * similarity_strides[1]];
   }
-  /// A threshold with the ramp applied; whatever the ramp holds, one in [0, 1].
-  __device__ float ramped(float tau) const {
-    return ramp == nullptr ? tau : fminf(fmaxf(tau * *ramp, 0.0f), 1.0f);
-  }
+  /// Whether the mean of a block of this similarity does not stand for its tokens. What is no number is not
+  /// above the threshold.
+  __device__ bool is_guarded(float of_block) const { return !(of_block > self_similarity); }
+  /// The ramp's value, to be read long before it is needed.
+  __device__ float ramp_value() const { return ramp == nullptr ? 1.0f : *ramp; }
 };
+
+/// A threshold with the ramp applied; whatever the ramp holds, one in [0, 1].
+__device__ inline float ramped(float tau, float ramp) {
+  return fminf(fmaxf(tau * ramp, 0.0f), 1.0f);
+}
 
 /// What a cumulative share may reach. At 1 it is all of it, though rounded shares may add up to a little more.
 __device__ inline double limit_of(float tau) {
@@ -69,9 +78,18 @@ __device__ inline Value reduce(Value value, Operation operation) {
     value = operation(value, __shfl_xor_sync(kWholeWarp, value, distance));
   return value;
 }
+/// Integers in the order of the floats, NaN aside, and back: its own inverse.
+__device__ inline int in_order(int bits) {
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+/// Of numbers: no value is NaN.
 template <int kLanes>
 __device__ inline float maximum(float value) {
-  return reduce<kLanes>(value, [](float a, float b) { return fmaxf(a, b); });
+  if constexpr (kLanes == 32) {  // one instruction, for integers
+    return __int_as_float(in_order(__reduce_max_sync(kWholeWarp, in_order(__float_as_int(value)))));
+  } else {
+    return reduce<kLanes>(value, [](float a, float b) { return fmaxf(a, b); });
+  }
 }
 template <int kLanes, class Value>
 __device__ inline Value total(Value value) {
@@ -83,7 +101,8 @@ __device__ inline float finite_or_lowest(float score) {
   return isfinite(score) ? score : -INFINITY;
 }
 
-int skip_shared_bytes(const SelectProblem& problem, int warps);
+/// Shared memory that a CTA needs at the least.
+int skip_shared_bytes(const SelectProblem& problem);
 int cache_shared_bytes(const SelectProblem& problem);
 
 void launch_skip(const SelectProblem& problem, int device, cudaStream_t stream);

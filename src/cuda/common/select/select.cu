@@ -59,7 +59,7 @@ int64_t place_workspace(SelectProblem& p, unsigned char* workspace) {
 
 void check_served(const SelectArguments& a, const SelectProblem& p, int device) {
   const int most = most_shared_bytes(device);
-  if (skip_shared_bytes(p, 1) <= most && cache_shared_bytes(p) <= most && p.heads <= 65535 && p.batch <= 65535)
+  if (skip_shared_bytes(p) <= most && cache_shared_bytes(p) <= most && p.heads <= 65535 && p.batch <= 65535)
     return;
   fail(ErrorKind::kNotImplemented, "q_mean, k_mean", "rows of scores that fit into shared memory",
        text(describe(a.q_mean), " and ", describe(a.k_mean)));
