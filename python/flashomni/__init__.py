@@ -22,6 +22,7 @@ _EXPORTS = {
     "select_flashomni": "flashomni.ops",
     "summarize_symbols": "flashomni.ops",
     "norm_rope": "flashomni.ops",
+    "ada_layer_norm": "flashomni.ops",
     "norm_rope_mean": "flashomni.ops",
     "taylor_update": "flashomni.ops",
     "taylor_forecast": "flashomni.ops",

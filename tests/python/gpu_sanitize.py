@@ -11,6 +11,7 @@ from gpu_problems import check, make_problem
 from flashomni import (
     SparseSymbols,
     block_mean,
+    ada_layer_norm,
     norm_rope,
     norm_rope_mean,
     quantize_fp8,
@@ -89,6 +90,8 @@ def symbols() -> int:
             active = SparseSymbols.ones(2, 3, tokens, tokens, *block, "cuda")
             wide = torch.ones(3 * dim, device="cuda", dtype=torch.bfloat16)
             norm_rope(q[:, :, :3], wide, table, table, symbols=active, keys=k[:, :, :3], keys_weight=wide)
+            rows = q.flatten(2)
+            ada_layer_norm(rows[..., : 3 * dim], rows[:, 0, : 3 * dim], rows[:, -1, : 3 * dim])
             chosen = SparseSymbols.zeros(2, 4, tokens, tokens, *block, "cuda")
             similarity = torch.empty(2, -(-tokens // block[1]), 2, device="cuda")
             means = block_mean(q, block[0]), block_mean(k[:, :, :2], block[1], similarity)

@@ -246,6 +246,14 @@ def norm_rope(
     return out
 
 
+def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """x [B, M, C]; scale, shift [B, C]."""
+    x = x.double()
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return normed * (1 + scale.double().unsqueeze(1)) + shift.double().unsqueeze(1)
+
+
 def taylor_update(feature: Tensor, old: list[Tensor], gap: float, valid: int) -> list[Tensor]:
     new = [feature.double()]
     for i in range(len(old) - 1):

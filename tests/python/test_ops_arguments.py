@@ -94,6 +94,15 @@ def norm_rope_arguments() -> dict[str, Any]:
     }
 
 
+def ada_layer_norm_arguments() -> dict[str, Any]:
+    return {
+        "x": torch.randn(2, 30, 96),
+        "scale": torch.randn(2, 96),
+        "shift": torch.randn(2, 96),
+        "out": poison(2, 30, 96, dtype=torch.float32),
+    }
+
+
 def norm_rope_mean_arguments() -> dict[str, Any]:
     arguments = norm_rope_arguments()
     del arguments["symbols"], arguments["keys"], arguments["keys_weight"]
@@ -144,6 +153,7 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
     "summarize_symbols": summarize_arguments,
     "norm_rope": norm_rope_arguments,
     "norm_rope_mean": norm_rope_mean_arguments,
+    "ada_layer_norm": ada_layer_norm_arguments,
     "taylor_update": taylor_update_arguments,
     "taylor_forecast": taylor_forecast_arguments,
     "quantize_fp8": quantize_arguments,
@@ -276,6 +286,7 @@ BAD = [
     ("gemm_o_dispatch", {"cached": []}, ValueError, "^cached: expected 1 to 4"),
     ("gemm_o_dispatch", {"cached": [ones(1, 150, 40), ones(1, 149, 40)]}, ValueError, r"^cached\[1\]: "),
     ("gemm_o_dispatch", {"weight": ones(40, 100)}, ValueError, "^weight: "),
+    ("gemm_o_update", {"keep_rows": 1}, TypeError, "^keep_rows: expected True or False, got 1"),
     ("gemm_o_dispatch", {"keep_rows": 1}, TypeError, "^keep_rows: expected True or False, got 1"),
     ("gemm_o_dispatch", {"out": ones(1, 150, 41)}, ValueError, "^out: "),
     ("select_flashomni", {"symbols": None}, TypeError, "^symbols: "),
@@ -344,6 +355,14 @@ BAD = [
     ("quantize_fp8", {"scales": ones(3, 1)}, ValueError, "^scales: "),
     ("taylor_forecast", {"scales": [ones(3, 1)]}, ValueError, "^scales: expected 2 to 2"),
     ("taylor_forecast", {"scales": [ones(3, 1)] * 2}, TypeError, "^derivatives: expected float8_e4m3fn"),
+    ("ada_layer_norm", {"x": ones(30, 96)}, ValueError, "^x: "),
+    ("ada_layer_norm", {"x": ones(2, 30, 96).int()}, TypeError, "^x: "),
+    ("ada_layer_norm", {"scale": ones(2, 95)}, ValueError, "^scale: "),
+    ("ada_layer_norm", {"scale": ones(2, 96).half()}, TypeError, "^scale: "),
+    ("ada_layer_norm", {"shift": ones(1, 96)}, ValueError, "^shift: "),
+    ("ada_layer_norm", {"shift": None}, TypeError, "^shift: "),
+    ("ada_layer_norm", {"out": ones(2, 29, 96)}, ValueError, "^out: "),
+    ("ada_layer_norm", {"eps": -1.0}, ValueError, "^eps: "),
     ("norm_rope_mean", {"mean": ones(1, 2, HEADS, DIM)}, ValueError, "^mean: "),
     ("norm_rope_mean", {"mean": None}, TypeError, "^mean: "),
     ("norm_rope_mean", {"similarity": ones(1, 3, HEADS).half()}, TypeError, "^similarity: "),

@@ -63,7 +63,7 @@ def samples() -> dict[str, tuple]:
         ),
         "gemm_o_update": (
             *([o, torch.randn(*rows, HEADS * DIM)], None, o_weight, torch.randn(50), s.cache, None),
-            *(torch.zeros(*rows, 50), [torch.zeros(*rows, 50) for _ in range(2)], DIM, *tiles),
+            *(torch.zeros(*rows, 50), [torch.zeros(*rows, 50) for _ in range(2)], DIM, *tiles, True),
         ),
         "gemm_o_dispatch": (
             *(o[..., : HEADS * DIM], o[..., HEADS * DIM :], o_weight),
@@ -83,6 +83,7 @@ def samples() -> dict[str, tuple]:
             *(q, torch.ones(DIM), table, table, s.cache, torch.randn_like(q), torch.ones(HEADS * DIM)),
             *(1e-6, 0, TOKENS, 128),
         ),
+        "ada_layer_norm": (x, *torch.randn(2, 1, 96), torch.zeros_like(x), 1e-6),
         "norm_rope_mean": (
             *(q, torch.ones(DIM), table, table, torch.zeros(1, 5, HEADS, DIM), torch.zeros(1, 5, HEADS)),
             *(1e-6, 0, TOKENS, 64),
@@ -95,7 +96,7 @@ def samples() -> dict[str, tuple]:
         "quantize_fp8": (torch.randn(3, 150), torch.zeros(3, 150, dtype=torch.uint8), torch.zeros(3, 2)),
         "packbits": (bits, True),
         "segment_packbits": (bits, torch.tensor([0, 9, 20], dtype=torch.int32), False),
-        "layer": (TIMES.number, "x,factor=3", [0], [torch.randn(3, 4)]),
+        "layer": (TIMES.number, "x,factor=3", [1], [0], [torch.randn(3, 4)]),
     }
 
 
@@ -263,6 +264,7 @@ def test_the_schemas_tell_what_is_written() -> None:
         "summarize_symbols": {"rows", "shares", "awake"},
         "norm_rope": {"x", "keys"},
         "norm_rope_mean": {"x", "mean", "similarity"},
+        "ada_layer_norm": {"out"},
         "taylor_update": {"derivatives", "scales"},
         "taylor_forecast": {"out"},
         "quantize_fp8": {"values", "scales"},

@@ -8,6 +8,7 @@ from flashomni.engine.linear import (
     apply_linear,
     linear_tiles,
     norm_and_rope,
+    untouched,
     why_no_norm,
     why_not_plain,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "follow",
     "linear_tiles",
     "norm_and_rope",
+    "untouched",
     "why_no_norm",
     "why_not_plain",
 ]

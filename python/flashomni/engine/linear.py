@@ -25,7 +25,8 @@ def _attribute(module: nn.Module, name: str) -> object:
     return None
 
 
-def _untouched(module: nn.Module) -> bool:
+def untouched(module: nn.Module) -> bool:
+    """Whether calling it does what its class does."""
     return "forward" not in module.__dict__ and not (module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -59,7 +60,7 @@ def why_not_plain(module: nn.Module | LinearRows, dtype: torch.dtype) -> str | N
     weight = _attribute(module, "weight")
     if type(weight) is not nn.Parameter or weight.is_meta:
         return "has a weight that is no plain tensor in memory"
-    if not _untouched(module):
+    if not untouched(module):
         return "has hooks on its forward"
     if weight.dtype != dtype:
         return f"has a weight of {weight.dtype}, not {dtype}"
@@ -158,7 +159,7 @@ def why_no_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
         return "has no weight, or a bias"
     if weight.dtype != dtype or type(weight) is not nn.Parameter or weight.is_meta:
         return f"has a weight that is no plain {dtype} tensor in memory"
-    return None if _untouched(module) else "has hooks on its forward"
+    return None if untouched(module) else "has hooks on its forward"
 
 
 def norm_weight(

@@ -42,7 +42,8 @@ class InGraph:
         return self(**arguments)
 
     def trace(self, arguments: dict[str, Any], like: Sequence[str]) -> list[Tensor]:
-        """While a graph is traced: the operator. like: arguments that have the results' shapes."""
+        """While a graph is traced: the operator. like: arguments that have the results' shapes; of several,
+        "a+b", a result has all the rows."""
         names, tensors, places = [], [], {}
         for name, value in arguments.items():
             places[name] = len(tensors)
@@ -60,10 +61,14 @@ class InGraph:
                     "model after flashomni.disable()"
                 )
         # Each tensor once: what a compiler makes for an operator it makes as often as it is named.
-        return _operator(self.number, ",".join(names), [places[name] for name in like], tensors)
+        parts = [[places[name] for name in one.split("+")] for one in like]
+        counts, flat = [len(one) for one in parts], [place for one in parts for place in one]
+        return _operator(self.number, ",".join(names), counts, flat, tensors)
 
 
-def _call(number: Tensor, names: str, like: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+def _call(
+    number: Tensor, names: str, counts: Sequence[int], like: Sequence[int], tensors: Sequence[Tensor]
+) -> list[Tensor]:
     owner = _owner_of(number)
     arguments, given = {}, iter(tensors)
     for entry in names.split(","):
@@ -101,12 +106,16 @@ def _apart(results: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def _fake(number: Tensor, names: str, like: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(tensors[i], memory_format=torch.contiguous_format) for i in like]
+def _fake(
+    number: Tensor, names: str, counts: Sequence[int], like: Sequence[int], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    places = iter(like)
+    parts = [[tensors[i] for i in itertools.islice(places, count)] for count in counts]
+    return [of[0].new_empty(of[0].shape[0], sum(t.shape[1] for t in of), *of[0].shape[2:]) for of in parts]
 
 
 _operator = define(
-    "layer(Tensor number, str names, int[] like, Tensor[] tensors) -> Tensor[]",
+    "layer(Tensor number, str names, int[] counts, int[] like, Tensor[] tensors) -> Tensor[]",
     _call,
     _fake,
     tags=(torch.Tag.cudagraph_unsafe,),  # a replay by torch would leave out what the engine does on the host

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashomni import ops
 from flashomni.diffusers.blocks.base import (
     Blocks,
     Layer,
@@ -26,9 +27,24 @@ from flashomni.diffusers.blocks.base import (
 from flashomni.diffusers.blocks.compiled import InGraph
 from flashomni.diffusers.blocks.feed_forward import fused_activation
 from flashomni.diffusers.call import Call
-from flashomni.engine import Attention, Output, apply_linear, why_not_plain
+from flashomni.engine import Attention, Output, apply_linear, untouched, why_not_plain
 from flashomni.engine.memory import LayerShape
 from flashomni.symbols import SparseSymbols
+
+
+# What the modules make of temb before they split it into shift, scale and gate, by their classes.
+_MODULATIONS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "AdaLayerNormZeroSingle": lambda norm, temb: norm.linear(norm.silu(temb)),
+    "ChromaAdaLayerNormZeroSinglePruned": lambda norm, temb: temb.flatten(1, 2),
+}
+
+
+def _modulation_of(norm: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+    """Where ada_layer_norm does the rest of what the module does."""
+    plain = getattr(norm, "norm", None)
+    if type(plain) is not nn.LayerNorm or plain.elementwise_affine:
+        return None
+    return _MODULATIONS.get(type(norm).__name__) if untouched(norm) and untouched(plain) else None
 
 
 def modulate(norm: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -76,6 +92,10 @@ class ParallelBlocks(Blocks):
     def mlp_can_follow(self, layer: Layer) -> bool:
         return layer.gemm_o  # with the attention, in the projection of both
 
+    def adapts(self, layer: Layer) -> bool:
+        """Whether the norm is ada_layer_norm, of what the module makes of temb."""
+        return self.modulate is modulate and _modulation_of(part(layer.block, self.norm)) is not None
+
     def intercept(self, call: Call, layer: Layer) -> Restore:
         forward = ParallelForward(call, layer)
         layer.block.forward = forward
@@ -101,6 +121,7 @@ class ParallelBlocks(Blocks):
             scratch=(
                 ("o", tokens * layer.width),
                 ("past", tokens * (out.in_features - layer.width)),
+                *([("normed", tokens * out.out_features)] if self.adapts(layer) else []),
                 *([("mlp", tokens * part(layer.block, self.mlp).out_features)] if self.gated else []),
             ),
         )
@@ -121,6 +142,8 @@ class ParallelForward(InGraph):
         named = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = inspect.signature(self.own).parameters
         self.names = tuple(name for name, p in parameters.items() if p.kind is named)[1:]
+        self.norm = part(self.block, self.spec.norm)
+        self.modulation = _modulation_of(self.norm) if self.spec.adapts(layer) else None
         self.enroll(self.block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -133,8 +156,12 @@ class ParallelForward(InGraph):
         order = (image,) if alone else (text, image) if self.call.text_first else (image, text)
         parts = [given[name] for name in order]
         residual = parts[0] if alone else join(*parts)
-        x, gate = spec.modulate(part(block, spec.norm), residual, given)
-        out = self._branches(x, given)
+        if self.modulation is not None:
+            shift, scale, gate = self.modulation(self.norm, given["temb"]).to(residual.dtype).chunk(3, dim=1)
+            out = self._branches({"shift": shift, "scale": scale}, given)
+        else:
+            x, gate = spec.modulate(self.norm, residual, given)
+            out = self._branches({"x": x}, given)
         out = torch.addcmul(residual, gate.unsqueeze(1) if gate.ndim == 2 else gate, out)
         if out.dtype == torch.float16:
             out = out.clip(-65504, 65504)
@@ -147,22 +174,38 @@ class ParallelForward(InGraph):
             return tuple(results[name].clone(memory_format=torch.contiguous_format) for name in spec.returns)
         return tuple(results[name] for name in spec.returns)
 
-    def _branches(self, x: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """out([attention, activation(mlp)]) of x, [B, tokens, C]; of the text only its length matters."""
+    def _branches(self, normed: dict[str, Tensor], given: Mapping[str, Any]) -> Tensor:
+        """out([attention, activation(mlp)]), [B, tokens, C], of the input as normed: x, or the shift and scale
+        that make it. Of the text only its length matters where x is there."""
         options = given.get("joint_attention_kwargs") or {}
+        text, image = given.get("encoder_hidden_states"), given["hidden_states"]
         arguments = {
-            "x": x,
-            "text": given.get("encoder_hidden_states"),
+            **normed,
+            "text": text,
+            "image": image if "x" not in normed else None,
             "attention_mask": given.get("attention_mask", options.get("attention_mask")),
             "rope": given.get("image_rotary_emb"),
         }
-        if torch.compiler.is_compiling():
-            return self.trace(arguments, ["x"])[0]
-        return self.run(arguments)
+        if not torch.compiler.is_compiling():
+            return self.run(arguments)
+        like = "x" if "x" in normed else "image" if text is None else "text+image"
+        return self.trace(arguments, [like])[0]
+
+    def _normed(self, arguments: dict[str, Any]) -> Tensor:
+        """The norm of text and image, in scratch and in the order of attention."""
+        text, image = arguments.get("text"), arguments["image"]
+        parts = [image] if text is None else [text, image] if self.call.text_first else [image, text]
+        tokens = sum(each.shape[1] for each in parts)
+        x = self.engine.buffers.take("normed", (image.shape[0], tokens, image.shape[2]), image)
+        options = {"scale": arguments["scale"], "shift": arguments["shift"], "eps": self.norm.norm.eps}
+        for each, out in zip(parts, x.split([each.shape[1] for each in parts], dim=1), strict=True):
+            ops.ada_layer_norm(each, out=out, **options)
+        return x
 
     def run(self, arguments: dict[str, Any]) -> Tensor:
-        block, spec, engine, layer, x = self.block, self.spec, self.engine, self.layer, arguments["x"]
+        block, spec, engine, layer = self.block, self.spec, self.engine, self.layer
         refuse_masks(spec, layer.name, {"attention_mask": arguments.get("attention_mask")})
+        x = arguments["x"] if "x" in arguments else self._normed(arguments)
         tokens, text = x.shape[1], arguments.get("text")
         if text is None:
             joint = self.call.lay_out_whole(tokens)
