@@ -13,42 +13,30 @@ struct TaylorProblem {
   Rows derivatives[kMostOrders], other;  // other: the feature, or the forecast
   const float* coefficients;
   int64_t coefficient_stride, width;
-  uint32_t runs, runs_a_row;  // of the whole tensor, of a row
-  uint32_t sizes[2];          // of the leading dimensions, the last one first; the third follows from them
+  RowThreads threads;
   int valid;
   float per_step;
   bool aligned;
 };
 
-/// Where a run lies: its row by number and its first column.
-struct Place {
-  uint32_t index[3];
+/// Where a thread's run lies.
+struct Place : RowPlace {
   int64_t column;
-  int count;
+  int count;  // columns of this run; 0 past the last row
 
-  __device__ Place(const TaylorProblem& p, uint32_t run) {
-    const uint32_t row = run / p.runs_a_row, rest = row / p.sizes[0];
-    column = int64_t(run - row * p.runs_a_row) * kRun;
-    count = static_cast<int>(min(int64_t(kRun), p.width - column));
-    index[0] = row - rest * p.sizes[0];
-    index[2] = rest / p.sizes[1];
-    index[1] = rest - index[2] * p.sizes[1];
+  __device__ explicit Place(const TaylorProblem& p) : RowPlace(p.threads), column(int64_t(lane) * kRun) {
+    count = static_cast<int>(exists ? min(int64_t(kRun), p.width - column) : 0);
   }
   template <class Element>
-  __device__ Element* in(const Rows& rows) const {
-    return static_cast<Element*>(rows.data) + index[0] * rows.strides[0] + index[1] * rows.strides[1] +
-           index[2] * rows.strides[2] + column;
+  __device__ Element* in(const Rows& rows, uint32_t later = 0) const {
+    return row_of<Element>(rows, later) + column;
   }
 };
 
-__device__ inline uint32_t run_of_thread() {
-  return blockIdx.x * kTaylorThreads + threadIdx.x;
-}
-
 template <class Element, int kOrders>
 __global__ void __launch_bounds__(kTaylorThreads) taylor_update_kernel(const __grid_constant__ TaylorProblem p) {
-  if (run_of_thread() >= p.runs) return;
-  const Place place(p, run_of_thread());
+  const Place place(p);
+  if (place.count == 0) return;
   const HalfRun<Element> feature = load_run(place.in<const Element>(p.other), place.count, p.aligned);
   HalfRun<Element> old[kOrders];
 #pragma unroll
@@ -70,26 +58,29 @@ __global__ void __launch_bounds__(kTaylorThreads) taylor_update_kernel(const __g
 template <class Element, int kOrders>
 __global__ void __launch_bounds__(kTaylorThreads)
     taylor_forecast_kernel(const __grid_constant__ TaylorProblem p, const __grid_constant__ ForecastRowBits rows) {
-  if (run_of_thread() >= p.runs) return;
-  const Place place(p, run_of_thread());
-  if (!rows.has(place.index[1], place.index[0])) return;
-  // All orders are asked for before their coefficients are known: to wait for those first would cost as much as
-  // a read of an order that does not count, and that is rare.
-  HalfRun<Element> terms[kOrders];
+  const Place place(p);
+  if (place.count == 0) return;
+  float coefficients[kOrders];
 #pragma unroll
-  for (int order = 0; order < kOrders; ++order)
-    terms[order] = load_run(place.in<const Element>(p.derivatives[order]), place.count, p.aligned);
-  float sum[kRun] = {};
+  for (int order = 0; order < kOrders; ++order) coefficients[order] = p.coefficients[order * p.coefficient_stride];
+  for_wanted_rows(rows, place, p.threads, [&](uint32_t later) {
+    // All orders are asked for before their coefficients are known: to wait for those first would cost as much as
+    // a read of an order that does not count, and that is rare.
+    HalfRun<Element> terms[kOrders];
 #pragma unroll
-  for (int order = 0; order < kOrders; ++order) {
-    const float coefficient = p.coefficients[order * p.coefficient_stride];
-    if (coefficient == 0) continue;  // an order without history may hold anything
-    float term[kRun];
-    to_floats(terms[order], term);
+    for (int order = 0; order < kOrders; ++order)
+      terms[order] = load_run(place.in<const Element>(p.derivatives[order], later), place.count, p.aligned);
+    float sum[kRun] = {};
 #pragma unroll
-    for (int e = 0; e < kRun; ++e) sum[e] += coefficient * term[e];
-  }
-  store_run(place.in<Element>(p.other), from_floats<Element>(sum), place.count, p.aligned);
+    for (int order = 0; order < kOrders; ++order) {
+      if (coefficients[order] == 0) continue;  // an order without history may hold anything
+      float term[kRun];
+      to_floats(terms[order], term);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) sum[e] += coefficients[order] * term[e];
+    }
+    store_run(place.in<Element>(p.other, later), from_floats<Element>(sum), place.count, p.aligned);
+  });
 }
 
 /// The dimensions that views of one shape have in common, the last one first, without those of size 1;
@@ -134,12 +125,12 @@ TaylorProblem problem_of(const TensorView* const* views, int orders, bool by_row
   const Shape shape(views, orders + 1, by_rows);
   const int first = shape.has_rows(orders + 1) ? 1 : 0;  // of the leading dimensions, at most three
   p.width = first == 1 ? shape.sizes[0] : 1;
-  p.sizes[0] = p.sizes[1] = 1;
+  p.threads.sizes[0] = p.threads.sizes[1] = 1;
   p.aligned = true;
   int64_t rows = 1;
   for (int d = first; d < shape.dims; ++d) {
     rows *= shape.sizes[d];
-    if (d - first < 2) p.sizes[d - first] = static_cast<uint32_t>(shape.sizes[d]);
+    if (d - first < 2) p.threads.sizes[d - first] = static_cast<uint32_t>(shape.sizes[d]);
   }
   for (int v = 0; v <= orders; ++v) {
     Rows& to = v < orders ? p.derivatives[v] : p.other;
@@ -154,12 +145,9 @@ TaylorProblem problem_of(const TensorView* const* views, int orders, bool by_row
   if (runs > INT32_MAX) {
     fail(ErrorKind::kNotImplemented, "derivatives", text("at most 2^31 runs of ", kRun, " elements"), text(runs));
   }
-  p.runs_a_row = static_cast<uint32_t>(runs_a_row), p.runs = static_cast<uint32_t>(runs);
+  p.threads.a_row = static_cast<uint32_t>(runs_a_row), p.threads.rows = static_cast<uint32_t>(rows);
+  p.threads.end = p.threads.sizes[0];
   return p;
-}
-
-dim3 grid_of(const TaylorProblem& p) {
-  return dim3(static_cast<unsigned>(ceil_div(p.runs, kTaylorThreads)));
 }
 
 }  // namespace
@@ -173,7 +161,7 @@ void taylor_update(const TaylorUpdateArguments& a, const Context& context) {
   p.valid = a.valid, p.per_step = 1.0f / a.gap;
   with_taylor_kernel(a.feature.dtype, "feature", a.orders, [&](auto* type, auto orders) {
     taylor_update_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
-        <<<grid_of(p), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
+        <<<p.threads.grid(), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
   });
   check_cuda(cudaGetLastError(), "taylor_update_kernel");
 }
@@ -185,11 +173,12 @@ void taylor_forecast(const TaylorForecastArguments& a, const Context& context) {
   views[a.orders] = &a.out;
   const ForecastRowBits rows(a);
   TaylorProblem p = problem_of(views, a.orders, rows.some);
+  if (rows.some) p.threads.share();
   p.coefficients = a.coefficients.as<const float>();
   p.coefficient_stride = a.orders > 1 ? a.coefficients.strides[0] : 0;
   with_taylor_kernel(a.out.dtype, "out", a.orders, [&](auto* type, auto orders) {
     taylor_forecast_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
-        <<<grid_of(p), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p, rows);
+        <<<p.threads.grid(), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p, rows);
   });
   check_cuda(cudaGetLastError(), "taylor_forecast_kernel");
 }
