@@ -10,15 +10,19 @@
 namespace flashomni {
 
 /// Finite differences at an Update: new[0] = feature, new[i + 1] = (new[i] - old[i]) / gap for i < valid, 0
-/// above. derivatives[i]: feature's shape, old in, new out; `orders` = D + 1 of them. `valid` <= orders - 1
-/// says how many differences the history supports (0 at the first Update).
+/// above. derivatives[i]: feature's shape, old in, new out; `orders` of them. `valid` says how many
+/// differences the history supports (0 at the first Update).
+///
+/// last: of feature's shape and dtype, or absent; receives new[orders], which nobody keeps. `valid` is at
+/// most orders - 1, with `last` at most orders.
 ///
 /// With scales (of every order or of none), the derivatives are what quantize_fp8 makes: the old ones are
-/// read so, each new one goes on to the next before it is quantised.
+/// read so, each new one goes on to the next before it is quantised. `last` is not quantised.
 struct TaylorUpdateArguments {
   TensorView feature;
   int32_t orders = 1;
   std::array<TensorView, kMaxOrder + 1> derivatives, scales;
+  TensorView last;
   int32_t valid = 0;
   float gap = 1;
 };

@@ -239,14 +239,16 @@ int64_t norm_rope_mean(Tensor x, OptionalTensor weight, OptionalTensor cos, Opti
 
 int64_t taylor_update(Tensor feature, Tensor derivative, OptionalTensor derivative1,
                       OptionalTensor derivative2, OptionalTensor derivative3, OptionalTensor scale,
-                      OptionalTensor scale1, OptionalTensor scale2, OptionalTensor scale3, double gap,
-                      int64_t valid, OptionalTensor workspace, int64_t threads) {
+                      OptionalTensor scale1, OptionalTensor scale2, OptionalTensor scale3,
+                      OptionalTensor last, double gap, int64_t valid, OptionalTensor workspace,
+                      int64_t threads) {
   return guarded([&] {
     TaylorUpdateArguments arguments;
     arguments.feature = view(feature, "feature");
     arguments.orders =
         view_all({derivative, derivative1, derivative2, derivative3}, "derivatives", &arguments.derivatives);
     view_all({scale, scale1, scale2, scale3}, "scales", &arguments.scales);
+    arguments.last = view(last, "last");
     arguments.gap = static_cast<float>(gap);
     arguments.valid = narrow(valid, "valid");
     return run_within(arguments, make_context(feature, threads), workspace,

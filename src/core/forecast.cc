@@ -59,7 +59,7 @@ void check_orders(int32_t orders) {
   }
 }
 
-/// What order i writes, beside the feature and what orders below write.
+/// What order `order` writes, beside the feature and what orders below write.
 void check_written(const TaylorUpdateArguments& a, const TensorView& view, const char* name, int order) {
   check::output(view, name);
   check::disjoint(view, name, a.feature, "feature");
@@ -97,8 +97,13 @@ void taylor_update(const TaylorUpdateArguments& a, const Context& context) {
       check::disjoint(a.scales[i], kScales[i], a.derivatives[i], kDerivatives[i]);
     }
   }
-  if (a.valid < 0 || a.valid >= a.orders) {
-    fail(ErrorKind::kValue, "valid", text("0 to ", a.orders - 1), text(a.valid));
+  if (a.last.present()) {
+    check_like(a.last, "last", a.feature);
+    check_written(a, a.last, "last", a.orders);
+  }
+  const int32_t most = a.orders - (a.last.present() ? 0 : 1);
+  if (a.valid < 0 || a.valid > most) {
+    fail(ErrorKind::kValue, "valid", text("0 to ", most), text(a.valid));
   }
   if (a.valid > 0 && !(a.gap > 0.0f && std::isfinite(a.gap))) {
     fail(ErrorKind::kValue, "gap", "a finite number above 0", text(a.gap));

@@ -266,6 +266,7 @@ inline void take_differences(const TaylorUpdateArguments& a, int threads, Read&&
       write(i, row, column, n, now);
       for (int64_t j = 0; j < n; ++j) now[j] = more ? (now[j] - old[j]) * per_step : 0.0f;
     }
+    if (a.last.ndim >= 0) from_floats(now, flat_row<T>(a.last, row) + column, n);
   });
 }
 

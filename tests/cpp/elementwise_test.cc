@@ -109,7 +109,9 @@ TEST_P(ElementwiseTest, TaylorUpdateTakesDifferences) {
   Random random(96);
   for (int trial = 0; trial < 24; ++trial) {
     const DType dtype = kTypes[trial % 3];
-    const int32_t orders = 1 + trial % 4, valid = static_cast<int32_t>(uniform(random, 0, orders - 1));
+    const bool with_last = trial % 2 == 0;
+    const int32_t orders = 1 + trial % 4,
+                  valid = static_cast<int32_t>(uniform(random, 0, orders - (with_last ? 0 : 1)));
     const std::vector<int64_t> shape = {2, uniform(random, 1, 40), uniform(random, 1, 600)};
     const Array feature = Array::random(dtype, shape, random, 1, 8);
     std::vector<Array> derivatives, before;
@@ -120,14 +122,19 @@ TEST_P(ElementwiseTest, TaylorUpdateTakesDifferences) {
       derivatives.push_back(Array::random(dtype, shape, random));
       if (i >= valid) derivatives.back().poison();  // no history: never read
     }
+    if (with_last) {
+      derivatives.emplace_back(dtype, shape, 8);
+      derivatives.back().poison();
+    }
     before = derivatives;
     for (int i = 0; i < orders; ++i) a.derivatives[i] = derivatives[static_cast<size_t>(i)];
+    if (with_last) a.last = derivatives.back();
     taylor_update(a, Context{});
     for (int64_t b = 0; b < shape[0]; ++b) {
       for (int64_t t = 0; t < shape[1]; ++t) {
         for (int64_t d = 0; d < shape[2]; ++d) {
           double expected = feature(b, t, d), error = 0;
-          for (size_t i = 0; i < static_cast<size_t>(orders); ++i) {
+          for (size_t i = 0; i < derivatives.size(); ++i) {
             if (i > static_cast<size_t>(valid)) expected = error = 0;
             ASSERT_NEAR(derivatives[i](b, t, d), expected,
                         error + 1.01 * rounding(dtype) * std::fabs(expected))
@@ -219,7 +226,7 @@ TEST_P(ElementwiseTest, TaylorForecastOfSomeRowsLeavesTheOthers) {
 TEST_P(ElementwiseTest, DifferencesOfQuantisedAreThoseOfFloatsQuantised) {
   Random random(99);
   for (int trial = 0; trial < 24; ++trial) {
-    const int32_t orders = 1 + trial % 4, valid = static_cast<int32_t>(uniform(random, 0, orders - 1));
+    const int32_t orders = 1 + trial % 4, valid = static_cast<int32_t>(uniform(random, 0, orders));
     const int64_t rows = uniform(random, 1, 20), width = uniform(random, 1, 600);
     const std::vector<int64_t> shape = {2, rows, width},
                                scales_shape = {2, rows, ceil_div(width, kScaleColumns)};
@@ -233,6 +240,9 @@ TEST_P(ElementwiseTest, DifferencesOfQuantisedAreThoseOfFloatsQuantised) {
     plain.feature = feature, plain.orders = orders, plain.valid = valid,
     plain.gap = static_cast<float>(uniform(random, 1, 6));
     TaylorUpdateArguments quantised = plain;
+    Array expected_last(DType::kFloat32, shape), last(DType::kFloat32, shape, 8);
+    last.poison();
+    plain.last = expected_last, quantised.last = last;
     for (size_t i = 0; i < static_cast<size_t>(orders); ++i) {
       values.emplace_back(DType::kUInt8, shape, 3), scales.emplace_back(DType::kFloat32, scales_shape, 1);
       floats.emplace_back(DType::kFloat32, shape);
@@ -251,6 +261,7 @@ TEST_P(ElementwiseTest, DifferencesOfQuantisedAreThoseOfFloatsQuantised) {
     }
     taylor_update(plain, Context{});
     taylor_update(quantised, Context{});
+    ASSERT_EQ(last.values(), expected_last.values()) << orders << " orders, valid " << valid;
     for (size_t i = 0; i < static_cast<size_t>(orders); ++i) {
       Array expected(DType::kUInt8, shape, 3), expected_scales(DType::kFloat32, scales_shape, 1);
       QuantizeArguments q;

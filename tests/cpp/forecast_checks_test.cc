@@ -9,10 +9,11 @@ using namespace testing;
 
 TEST(ForecastChecks, Update) {
   using A = TaylorUpdateArguments;
-  Array feature(kHalf, {2, 40, 96}), first(kHalf, {2, 40, 96}), second(kHalf, {2, 40, 96});
+  Array feature(kHalf, {2, 40, 96}), first(kHalf, {2, 40, 96}), second(kHalf, {2, 40, 96}),
+      last(kHalf, {2, 40, 96});
   A a;
-  a.feature = feature, a.orders = 2, a.derivatives[0] = first, a.derivatives[1] = second, a.valid = 1,
-  a.gap = 5;
+  a.feature = feature, a.orders = 2, a.derivatives[0] = first, a.derivatives[1] = second, a.last = last,
+  a.valid = 2, a.gap = 5;
   std::vector<Fault<A>> faults = {
       {"orders", V, [](A& v) { v.orders = 0; }},
       {"orders", V, [](A& v) { v.orders = kMaxOrder + 2; }},
@@ -25,7 +26,11 @@ TEST(ForecastChecks, Update) {
       {"derivatives[0]", V, [](A& v) { v.derivatives[0] = v.feature; }},
       {"derivatives[1]", V, [](A& v) { v.derivatives[1] = v.derivatives[0]; }},
       {"derivatives[1]", V, [](A& v) { v.derivatives[1].strides[0] = 0; }},
-      {"valid", V, [](A& v) { v.valid = 2; }},
+      {"last", V, [](A& v) { v.last = v.feature; }},
+      {"last", V, [](A& v) { v.last = v.derivatives[1]; }},
+      {"last", V, [](A& v) { v.last.strides[0] = 0; }},
+      {"valid", V, [](A& v) { v.last = {}; }},
+      {"valid", V, [](A& v) { v.valid = 3; }},
       {"valid", V, [](A& v) { v.valid = -1; }},
       {"gap", V, [](A& v) { v.gap = 0; }},
   };
@@ -34,7 +39,11 @@ TEST(ForecastChecks, Update) {
     add_tensor_faults<A>(&faults, name, [i](A& v) -> TensorView& { return v.derivatives[i]; }, true);
     add_device_fault<A>(&faults, name, [i](A& v) -> TensorView& { return v.derivatives[i]; });
   }
+  add_tensor_faults<A>(&faults, "last", [](A& v) -> TensorView& { return v.last; }, false);
+  add_device_fault<A>(&faults, "last", [](A& v) -> TensorView& { return v.last; });
   expect_faults<A>(a, faults, [](const A& v) { taylor_update(v, Context{}); });
+  a.last = {}, a.valid = 1;
+  EXPECT_NO_THROW(taylor_update(a, Context{}));
   a.valid = 0, a.gap = 0;  // the first Update has no gap
   EXPECT_NO_THROW(taylor_update(a, Context{}));
 }
@@ -56,6 +65,12 @@ TEST(ForecastChecks, UpdateOfQuantised) {
       {"scales[1]", V, [](A& v) { v.scales[1] = v.scales[0]; }},
       {"scales[1]", V, [](A& v) { v.scales[1].data = v.derivatives[0].data; }},
       {"scales[1]", V, [](A& v) { v.scales[1].strides[0] = 0; }},
+      {"last", V,
+       [](A& v) {
+         v.last = v.feature;
+         v.last.data = v.scales[1].data;
+       }},
+      {"last", T, [](A& v) { v.last = v.derivatives[1]; }},
       {"valid", V, [](A& v) { v.valid = 2; }},
       {"gap", V, [](A& v) { v.gap = 0; }},
   };

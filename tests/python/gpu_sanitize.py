@@ -114,7 +114,8 @@ def symbols() -> int:
             one = torch.ones(1, device="cuda")
             again = taylor_forecast([values], one, torch.empty_like(rows), [scales])
             assert torch.allclose(again.float(), rows.float(), rtol=0.07, atol=0.05)
-            taylor_update(rows, [values, values.clone()], gap=1, valid=1, scales=[scales, scales.clone()])
+            kept = {"scales": [scales, scales.clone()], "last": torch.empty_like(rows)}
+            taylor_update(rows, [values, values.clone()], gap=1, valid=2, **kept)
             bits = SparseSymbols(summary[0], None, 2, 1, tokens, tokens, *block)
             active = cache.any(1).repeat_interleave(block[0], 1)[:, :tokens, None]
             for kept, scale in ((rows, None), (values, [scales])):

@@ -84,7 +84,7 @@ def operators(graph: torch.fx.GraphModule) -> list[str]:
 
 
 def test_only_the_branches_of_a_parallel_block_are_opaque() -> None:
-    """Torch sees norm, modulation and residual, and is given one tensor, of which it makes no copy."""
+    """Torch sees modulation and residual, and is given one tensor, of which it makes no copy."""
     pipe, found = tiny_pipeline(doubles=1, singles=2), []
     flashomni.enable(pipe, CONFIG)
 
@@ -97,8 +97,8 @@ def test_only_the_branches_of_a_parallel_block_are_opaque() -> None:
     draw(pipe, steps=1)
     (single,) = [names for names in found if "addcmul" in names]
     assert single.count("layer") == 1
-    before, after = single[: single.index("layer")], single[single.index("layer") + 1 :]
-    assert {"cat", "native_layer_norm", "mul", "add"} <= set(before)
+    after = single[single.index("layer") + 1 :]
+    assert "native_layer_norm" not in single
     assert after == ["unsqueeze", "addcmul", "split_with_sizes", "clone", "clone"], "two outputs, no more"
     assert len(found) == 2, "a graph a kind of block"
 

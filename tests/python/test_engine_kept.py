@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from graph_stand_in import StandIn
+from inputs import poison
 from test_engine import WIDTH, Toy, config, inputs
 from test_engine_device import BySign, GraphedToy, device_decides, twins  # noqa: F401
 from torch import nn
 
+from flashomni import ops
 from flashomni.engine import layer
 from flashomni.engine.buffers import Buffers
 from flashomni.engine.kept import Kept, Traffic, differences, update
@@ -30,22 +33,23 @@ class Wrapped(nn.Linear):
 
 
 class Rounded(Kept):
-    """What e4m3 means, by torch's own rounding: kept as it is, and rounded when it is read."""
+    """What e4m3 means, by torch's own rounding: the step that writes sees it as it is, others rounded."""
 
     def __init__(self, *args, fp8, traffic):
         super().__init__(*args)
-        self.stored = None
+        self.stored = self.parts[0].clone()
 
-    def keep(self, tensor: torch.Tensor) -> None:
+    def arrived(self) -> list[torch.Tensor]:
+        self.parts[0].copy_(self.stored)
+        return self.parts
+
+    def written(self) -> None:
         runs = []
-        for run in tensor.split(128, -1):
+        for run in self.parts[0].split(128, -1):
             largest = run.abs().amax(-1, keepdim=True)
             inverse = torch.where(largest > 0, 448 / largest, 0.0)
             runs.append((run * inverse).to(torch.float8_e4m3fn).float() * (largest / 448))
         self.stored = torch.cat(runs, -1)
-
-    def read(self) -> torch.Tensor:
-        return self.stored.clone()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -66,7 +70,7 @@ def test_e4m3_rounds_what_is_kept_and_nothing_else(order: int, monkeypatch) -> N
 @pytest.mark.parametrize("where", ["device", "host"])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_an_update_keeps_the_differences(fp8: bool, where: str) -> None:
-    """Bit by bit what goes through scratch, as float32 rounds nothing there; on the device it needs none."""
+    """Bit by bit the same whether the differences are asked for or not, as float32 rounds none of them."""
     buffers = [Buffers(), Buffers()]
     traffic = Traffic() if where == "host" else None
     like = torch.empty(2, 50, 300)
@@ -85,6 +89,37 @@ def test_an_update_keeps_the_differences(fp8: bool, where: str) -> None:
             for part, wanted in zip(a.parts, b.parts, strict=True):
                 assert torch.equal(part.view(torch.uint8), wanted.view(torch.uint8))
     assert bool(list(buffers[0].tensors())) == (where == "host")
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_differences_are_of_what_was_kept(fp8: bool, order: int, where: str, monkeypatch) -> None:
+    """Against float64, as they are before e4m3; at order 1, as at any without e4m3, it takes one kernel."""
+    calls = []
+    for name in ("taylor_update", "taylor_forecast", "quantize_fp8"):
+        real = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *args, n=name, f=real, **options: (calls.append(n), f(*args, **options))[1]
+        )
+    buffers, like = Buffers(), torch.empty(2, 50, 300)
+    traffic = Traffic() if where == "host" else None
+    history = [
+        Kept(f"kept {i}", tuple(like.shape), like, buffers, fp8=fp8, traffic=traffic) for i in range(order)
+    ]
+    for step in range(order + 3):
+        feature, valid = torch.randn(like.shape), min(step, order)
+        kept = history[: valid + 1]
+        for one in kept:
+            one.prefetch()
+        old = [one.read().clone() for one in kept[:valid]]
+        last = poison(*like.shape, dtype=like.dtype) if valid == order else None
+        calls.clear()
+        found = differences(kept, feature, gap=3, valid=valid, last=last)
+        assert calls == ["taylor_update"] * (len(kept) if fp8 else 1)
+        expected = reference.taylor_update(feature, [*old, feature], 3, valid)[: valid + 1]
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -42,19 +42,24 @@ def test_random_shapes(dtype: torch.dtype, order: int) -> None:
         sizes = [1, 2, 3, 8, 33, 64, 200]
         shape = [rng.choice(sizes[: 4 if i else 7]) for i in reversed(range(rng.randint(1, 4)))]
         rng.shuffle(shape)
-        valid, gap = rng.randint(0, order), rng.choice([1.0, 2.0, 5.0])
+        with_last = rng.choice([False, True])
+        valid, gap = rng.randint(0, order + with_last), rng.choice([1.0, 2.0, 5.0])
         feature = torch.randn(shape).to(dtype)
         old = [torch.randn(shape).to(dtype) for _ in range(order + 1)]
-        expected = reference.taylor_update(feature, old, gap, valid)
+        expected = reference.taylor_update(feature, [*old, *[feature] * with_last], gap, valid)
         for part in old[valid:]:
             part.fill_(NAN)  # what is no history must not be read
-        paddings = [rng.choice([0, 8, 3]) for _ in range(order + 2)]
+        paddings = [rng.choice([0, 8, 3]) for _ in range(order + 3)]
         new = [tensor(part, padding) for part, padding in zip(old, paddings, strict=False)]
-        taylor_update(tensor(feature, paddings[-1]), new, gap=gap, valid=valid)
-        for i, part in enumerate(expected):
-            scale = 4.0 * 2**i
-            reference.assert_close(new[i].cpu() / scale, part / scale, dtype, f"derivatives[{i}] of {shape}")
-            assert neighbours_are_untouched(new[i], paddings[i]), (shape, paddings)
+        written = list(new)
+        if with_last:
+            written.append(tensor(torch.full(shape, NAN, dtype=dtype), paddings[order + 1]))
+        last = written[-1] if with_last else None
+        taylor_update(tensor(feature, paddings[-1]), new, gap=gap, valid=valid, last=last)
+        for i, (part, found) in enumerate(zip(expected, written, strict=True)):
+            scale, what = 4.0 * 2**i, f"difference {i} of {shape}, {valid} valid"
+            reference.assert_close(found.cpu() / scale, part / scale, dtype, what)
+            assert neighbours_are_untouched(found, paddings[i]), (shape, paddings)
         factors = torch.randn(order + 1)
         factors[order] *= rng.choice([0, 1])
         wanted = sum(float(c) * d.cpu().double() for c, d in zip(factors, new, strict=True))
@@ -112,6 +117,23 @@ def test_random_rows(dtype: torch.dtype, fp8: bool) -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "e4m3"])
+@pytest.mark.parametrize("tokens", [4500, 20001])
+def test_many_rows(tokens: int, fp8: bool) -> None:
+    """Where a thread takes several rows: 2 to 8 of a batch element, which they need not divide."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(2, tokens, 1032, generator=generator).bfloat16().cuda()
+    symbols = random_symbols(generator, 2, 1, tokens + 77, 1).to("cuda")
+    active = token_mask(symbols.masks()[0].cpu(), tokens, 128, 77).cuda()
+    values, scales = quantize_fp8(x) if fp8 else (x, None)
+    given, one = None if scales is None else [scales], torch.ones(1, device="cuda")
+    whole = taylor_forecast([values], one, torch.empty_like(x), given)
+    for rows, chosen in (("active", active), ("cached", ~active)):
+        out = torch.full_like(x, NAN)
+        taylor_forecast([values], one, out, given, symbols, row_offset=77, rows=rows)
+        assert torch.equal(out.nan_to_num(-999), torch.where(chosen, whole, -999.0))
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "e4m3"])
 def test_a_graph_follows_the_symbols(fp8: bool) -> None:
     x, one = torch.randn(2, 1000, 96, device="cuda").bfloat16(), torch.ones(1, device="cuda")
     symbols = random_symbols(torch.Generator().manual_seed(0), 2, 1, 1100, 1).to("cuda")
@@ -140,10 +162,10 @@ def test_the_gpu_and_the_cpu_agree_to_the_last_bit_in_differences() -> None:
     """Both subtract and multiply in float32 and round once; forecasts add products in their own way."""
     torch.manual_seed(0)
     feature, old = torch.randn(2, 3, 500, 40).bfloat16().unbind(0)
-    cpu = [old.clone(), torch.empty_like(old)]
+    cpu = [old.clone(), old / 3, torch.empty_like(old)]
     gpu = [part.cuda() for part in cpu]
-    taylor_update(feature, cpu, gap=5, valid=1)
-    taylor_update(feature.cuda(), gpu, gap=5, valid=1)
+    taylor_update(feature, cpu[:2], gap=5, valid=2, last=cpu[2])
+    taylor_update(feature.cuda(), gpu[:2], gap=5, valid=2, last=gpu[2])
     assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu, gpu, strict=True))
 
 

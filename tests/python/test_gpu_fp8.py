@@ -59,7 +59,8 @@ def test_the_cpus_bits_in_differences(dtype: torch.dtype) -> None:
         shape = [rng.choice([1, 2, 3, 17]) for _ in range(rng.randint(0, 3))]
         shape.append(rng.choice([1, 7, 64, 127, 128, 129, 300, 1536]))
         order, paddings = rng.randint(0, 3), [rng.choice([0, 8, 3]) for _ in range(3)]
-        valid, gap = rng.randint(0, order), rng.choice([1.0, 3.0, 5.0])
+        with_last = rng.choice([False, True])
+        valid, gap = rng.randint(0, order + with_last), rng.choice([1.0, 3.0, 5.0])
         feature, *before = (
             (torch.randn(shape) * torch.randn(shape).exp()).to(dtype) for _ in range(order + 2)
         )
@@ -76,9 +77,15 @@ def test_the_cpus_bits_in_differences(dtype: torch.dtype) -> None:
             )
             for values, scales in made
         ]
-        for kept, x in ((made, feature), (there, apart(feature, paddings[2]))):
+        nothing = torch.full(shape, float("nan"), dtype=dtype)
+        lasts = (nothing, apart(nothing, rng.choice([0, 8, 3]))) if with_last else (None, None)
+        both = (made, feature), (there, apart(feature, paddings[2]))
+        for (kept, x), last in zip(both, lasts, strict=True):
             values, scales = zip(*kept, strict=True)
-            taylor_update(x, values, gap=gap, valid=valid, scales=scales)
+            taylor_update(x, values, gap=gap, valid=valid, scales=scales, last=last)
+        if with_last:
+            what = f"last of {order + 1} and {shape}, {valid} valid"
+            torch.testing.assert_close(lasts[1].cpu(), lasts[0], rtol=0, atol=0, equal_nan=True, msg=what)
         for i, (wanted, got) in enumerate(zip(made, there, strict=True)):
             what = f"derivatives[{i}] of {shape}, {valid} valid"
             values = [part.cpu().float().nan_to_num(999) for part, _ in (wanted, got)]
@@ -102,13 +109,14 @@ def test_a_graph_follows_its_inputs() -> None:
     values, scales = quantize_fp8(x)
     out = torch.empty_like(x)
     taylor_forecast([values], factors, out, [scales])
-    graph = torch.cuda.CUDAGraph()
+    graph, last = torch.cuda.CUDAGraph(), torch.full_like(x, float("nan"))
     with torch.cuda.graph(graph):
-        taylor_update(x, [values], gap=1, valid=0, scales=[scales])
+        taylor_update(x, [values], gap=1, valid=0, scales=[scales], last=last)
         taylor_forecast([values], factors, out, [scales])
     x.copy_(torch.randn_like(x))
     factors.fill_(0.5)
     graph.replay()
+    assert not last.any()
     again = quantize_fp8(x)
     want = taylor_forecast([again[0]], factors, torch.empty_like(x), [again[1]])
     assert torch.equal(out, want)

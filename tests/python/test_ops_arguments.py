@@ -117,6 +117,7 @@ def taylor_update_arguments() -> dict[str, Any]:
     return {
         "feature": torch.randn(3, 40),
         "derivatives": [poison(3, 40, dtype=torch.float32) for _ in range(2)],
+        "last": poison(3, 40, dtype=torch.float32),
         "gap": 5,
         "valid": 0,
     }
@@ -333,7 +334,13 @@ BAD = [
     ("taylor_update", {"derivatives": ones(2, 3)}, TypeError, "^derivatives: expected a list"),
     ("taylor_update", {"derivatives": [ones(3, 40), ones(3, 41)]}, ValueError, r"^derivatives\[1\]: "),
     ("taylor_update", {"gap": 0, "valid": 1}, ValueError, "^gap: "),
-    ("taylor_update", {"valid": 2}, ValueError, "^valid: expected 0 to 1, got 2"),
+    ("taylor_update", {"valid": 3}, ValueError, "^valid: expected 0 to 2, got 3"),
+    ("taylor_update", {"valid": 2, "last": None}, ValueError, "^valid: expected 0 to 1, got 2"),
+    ("taylor_update", {"last": ones(3, 41)}, ValueError, "^last: "),
+    ("taylor_update", {"last": ones(3, 40).half()}, TypeError, "^last: .*float32.*float16"),
+    ("taylor_update", {"last": ones(40, 3).T}, ValueError, "^last: "),
+    ("taylor_update", {"last": ones(3, 40).to("meta")}, ValueError, "^last: .*meta"),
+    ("taylor_update", {"last": 1.0}, TypeError, "^last: expected a torch.Tensor, got float"),
     ("taylor_update", {"scales": [ones(3, 1)]}, ValueError, "^scales: expected 2 to 2"),
     ("taylor_update", {"scales": [ones(3, 1)] * 2}, TypeError, "^derivatives: expected float8_e4m3fn"),
     ("taylor_forecast", {"coefficients": ones(1)}, ValueError, "^coefficients: "),

@@ -20,21 +20,23 @@ shapes = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)
     valid=st.integers(0, 3),
     gap=st.sampled_from([1.0, 2.0, 5.0]),
     dtype=st.sampled_from(DTYPES),
+    with_last=st.booleans(),
 )
-def test_update(seed, shape, order, valid, gap, dtype) -> None:
-    valid = min(valid, order)
+def test_update(seed, shape, order, valid, gap, dtype, with_last) -> None:
+    valid = min(valid, order + with_last)
     generator = torch.Generator().manual_seed(seed)
     feature = random(generator, *shape, dtype=dtype)
     old = [random(generator, *shape, dtype=dtype) for _ in range(order + 1)]
-    expected = reference.taylor_update(feature, old, gap, valid)
+    last = poison(*shape, dtype=dtype) if with_last else None
+    expected = reference.taylor_update(feature, [*old, *[feature] * with_last], gap, valid)
     new = [part.clone() for part in old]
     for part in new[valid:]:
         part.fill_(float("nan"))  # what is no history must not be read
-    taylor_update(feature, new, gap=gap, valid=valid)
-    for i, part in enumerate(expected):
+    taylor_update(feature, new, gap=gap, valid=valid, last=last)
+    for i, (part, found) in enumerate(zip(expected, [*new, *[last] * with_last], strict=True)):
         # A difference of order i sums up to 2^i values of order 1.
         scale = 4.0 * 2**i
-        reference.assert_close(new[i] / scale, part / scale, dtype, f"derivatives[{i}]")
+        reference.assert_close(found / scale, part / scale, dtype, f"difference {i}")
 
 
 @given(seed=st.integers(0, 2**32 - 1), shape=shapes, order=st.integers(0, 3), dtype=st.sampled_from(DTYPES))
@@ -112,10 +114,13 @@ def test_without_cache_bits_every_row_is_active() -> None:
 def test_strided_features() -> None:
     wide = torch.randn(3, 50, 90)
     feature, old = wide[:, :, 10:60], torch.randn(3, 50, 120)[:, :, 40:90]
-    derivatives = [old.clone(), torch.zeros(3, 50, 70)[:, :, :50]]
-    taylor_update(feature, derivatives, gap=2, valid=1)
+    around = poison(3, 50, 80, dtype=torch.float32)
+    derivatives, last = [old.clone(), torch.zeros(3, 50, 70)[:, :, :50]], around[:, :, 20:70]
+    taylor_update(feature, derivatives, gap=2, valid=2, last=last)
     torch.testing.assert_close(derivatives[0], feature)
     torch.testing.assert_close(derivatives[1], (feature - old) / 2)
+    torch.testing.assert_close(last, (feature - old) / 4)
+    assert around[:, :, :20].isnan().all() and around[:, :, 70:].isnan().all()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])

@@ -111,22 +111,27 @@ def read(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     valid=st.integers(0, 3),
     gap=st.sampled_from([1.0, 2.0, 5.0]),
     dtype=st.sampled_from(DTYPES),
+    with_last=st.booleans(),
 )
-def test_differences(seed, shape, order, valid, gap, dtype) -> None:
-    """Each is within half a step of e4m3 of the exact one: of the feature and of what was kept."""
-    valid = min(valid, order)
+def test_differences(seed, shape, order, valid, gap, dtype, with_last) -> None:
+    """Each is within half a step of e4m3 of the exact one: of the feature and of what was kept. The last one
+    is rounded to the feature's type alone."""
+    valid = min(valid, order + with_last)
     generator = torch.Generator().manual_seed(seed)
     feature = random(generator, *shape, dtype=dtype)
     made = [quantize_fp8(random(generator, *shape, dtype=dtype)) for _ in range(order + 1)]
     exact = [feature.double()]
-    for i in range(order):
+    for i in range(order + with_last):
         old = read(*made[i])
         exact.append((exact[i] - old) / gap if i < valid else torch.zeros(shape, dtype=torch.float64))
     for values, scales in made[valid:]:  # what is no history must not be read
         values.view(torch.uint8).fill_(0x7F)
         scales.fill_(float("nan"))
     values, scales = zip(*made, strict=True)
-    taylor_update(feature, values, gap=gap, valid=valid, scales=scales)
+    last = poison(*shape, dtype=dtype) if with_last else None
+    taylor_update(feature, values, gap=gap, valid=valid, scales=scales, last=last)
+    if with_last:
+        reference.assert_close(last / 2 ** (order + 3), exact.pop() / 2 ** (order + 3), dtype, "last")
     for i, (found, scale) in enumerate(made):
         for run, one in zip(exact[i].split(COLUMNS, -1), scale.unbind(-1), strict=True):
             torch.testing.assert_close(one.double(), run.abs().amax(-1) / 448, rtol=1e-4, atol=1e-6)
@@ -136,9 +141,10 @@ def test_differences(seed, shape, order, valid, gap, dtype) -> None:
         assert (error <= 1.001 * step + 1e-5).all(), f"derivatives[{i}]"
 
 
-@pytest.mark.parametrize("valid", [0, 1, 2, 3])
+@pytest.mark.parametrize("valid", [0, 1, 2, 3, 4])
 def test_differences_are_quantised_and_nothing_else_is_rounded(valid: int) -> None:
-    """The bits of float32 differences put through quantize_fp8, at odd widths, strides and magnitudes."""
+    """The bits of float32 differences put through quantize_fp8, at odd widths, strides and magnitudes; those
+    of the last one as they are."""
     generator = torch.Generator().manual_seed(valid)
     for width in (1, 100, 128, 129, 700):
         shape = (2, 9, width)
@@ -153,8 +159,13 @@ def test_differences_are_quantised_and_nothing_else_is_rounded(valid: int) -> No
             taylor_forecast([value], torch.ones(1), torch.empty(shape), [scale])
             for value, scale in zip(values, scales, strict=True)
         ]
-        taylor_update(feature, plain, gap=3, valid=valid)
-        taylor_update(feature, values, gap=3, valid=valid, scales=scales)
+        around = poison(2, 9, width + 4, dtype=torch.float32)
+        expected_last, last = torch.empty(shape), around[..., 1 : 1 + width]
+        taylor_update(feature, plain, gap=3, valid=valid, last=expected_last)
+        taylor_update(feature, values, gap=3, valid=valid, scales=scales, last=last)
+        assert torch.equal(last, expected_last)
+        assert bool(last.any()) == (valid == 4)
+        assert around[..., 0].isnan().all() and around[..., 1 + width :].isnan().all()
         for value, scale, difference in zip(values, scales, plain, strict=True):
             expected = quantize_fp8(difference)
             assert torch.equal(value.view(torch.uint8), expected[0].view(torch.uint8))

@@ -88,7 +88,9 @@ def samples() -> dict[str, tuple]:
             *(q, torch.ones(DIM), table, table, torch.zeros(1, 5, HEADS, DIM), torch.zeros(1, 5, HEADS)),
             *(1e-6, 0, TOKENS, 64),
         ),
-        "taylor_update": (torch.randn(3, 50), [torch.randn(3, 50) for _ in range(3)], [], 5.0, 1),
+        "taylor_update": (
+            *(torch.randn(3, 50), [torch.randn(3, 50) for _ in range(3)], [], torch.zeros(3, 50), 5.0, 1),
+        ),
         "taylor_forecast": (
             *([torch.randn(1, 150, 50) for _ in range(3)], [], torch.ones(3)),
             *(torch.full((1, 1), 2, dtype=torch.uint8), None, torch.zeros(1, 150, 50), 1, 150, 0, 128, 1),
@@ -187,8 +189,8 @@ def test_compile_has_no_break_and_agrees(backend: str) -> None:
 def test_compiled_differences_in_e4m3_and_forecasts_of_rows() -> None:
     symbols = SparseSymbols.from_masks(torch.tensor([[[True, False]]]), None, q_tokens=200, kv_tokens=1)
 
-    def step(x, values, scales, out):
-        flashomni.taylor_update(x, values, gap=2.0, valid=1, scales=scales)
+    def step(x, values, scales, last, out):
+        flashomni.taylor_update(x, values, gap=2.0, valid=2, scales=scales, last=last)
         return flashomni.taylor_forecast(values, torch.ones(2), out, scales, symbols, row_offset=20) + 1
 
     torch.manual_seed(0)
@@ -197,7 +199,8 @@ def test_compiled_differences_in_e4m3_and_forecasts_of_rows() -> None:
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         values, scales = ([part.clone() for part in parts] for parts in zip(*kept, strict=True))
-        results.append((function(x, values, scales, torch.zeros_like(x)), *values, *scales))
+        last = torch.zeros_like(x)
+        results.append((function(x, values, scales, last, torch.zeros_like(x)), *values, *scales, last))
     for mine, theirs in zip(*results, strict=True):
         assert torch.equal(mine.float(), theirs.float())
     active = (results[0][0] == 1).all(-1)[0]
@@ -265,7 +268,7 @@ def test_the_schemas_tell_what_is_written() -> None:
         "norm_rope": {"x", "keys"},
         "norm_rope_mean": {"x", "mean", "similarity"},
         "ada_layer_norm": {"out"},
-        "taylor_update": {"derivatives", "scales"},
+        "taylor_update": {"derivatives", "scales", "last"},
         "taylor_forecast": {"out"},
         "quantize_fp8": {"values", "scales"},
         "packbits": set(),

@@ -126,6 +126,13 @@ def forecast_arms(like: torch.Tensor) -> dict[str, tuple[float, Callable]]:
             ),
         )
     values, scales = ops.quantize_fp8(feature)
+    with_last = values.clone(), scales.clone(), torch.empty_like(feature)
+    arms["taylor_update of fp8 D=0 with the next difference"] = (
+        2 + 2 * fp8,
+        lambda: ops.taylor_update(
+            feature, [with_last[0]], gap=4, valid=1, scales=[with_last[1]], last=with_last[2]
+        ),
+    )
     arms["quantize_fp8"] = (1 + fp8, lambda: ops.quantize_fp8(feature, values, scales))
     return arms
 

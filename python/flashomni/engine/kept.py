@@ -129,29 +129,36 @@ class Kept:
         self.written()
 
 
-def update(kept: Sequence[Kept], feature: Tensor, *, gap: int, valid: int) -> None:
+def update(
+    kept: Sequence[Kept], feature: Tensor, *, gap: int, valid: int, last: Tensor | None = None
+) -> None:
     """Keeps the differences of `feature`, see ops.taylor_update; all kept alike, what is on the host after
     prefetch()."""
-    if not kept[0].fp8:
-        differences(kept, feature, gap=gap, valid=valid)
-        return
-    values, scales = zip(*(one.arrived() for one in kept), strict=True)
-    ops.taylor_update(feature, values, gap=float(gap), valid=valid, scales=scales)
+    values, *rest = zip(*(one.arrived() for one in kept), strict=True)
+    scales = rest[0] if rest else None
+    ops.taylor_update(feature, values, gap=float(gap), valid=valid, scales=scales, last=last)
     for one in kept:
         one.written()
 
 
 def differences(
-    kept: Sequence[Kept], feature: Tensor, *, gap: int, valid: int, more: Sequence[Tensor] = ()
+    kept: Sequence[Kept], feature: Tensor, *, gap: int, valid: int, last: Tensor | None = None
 ) -> list[Tensor]:
-    """The same for who needs the differences too, as they are before e4m3: in scratch, and in `more` those of
-    higher orders, which nobody keeps."""
-    tensors = [one.read() if i < valid else one.space() for i, one in enumerate(kept)]
-    tensors.extend(more)
-    ops.taylor_update(feature, tensors, gap=float(gap), valid=valid)
-    for one, tensor in zip(kept, tensors, strict=False):
-        one.keep(tensor)
-    return tensors
+    """The same for who needs the differences too, as they are before e4m3: [feature, the first one, ..].
+
+    last: receives the difference one order above those kept. In e4m3 it takes a kernel an order: the
+    difference that one makes, the next one keeps.
+    """
+    found = [feature, *(one.space() for one in kept[1:])]
+    if last is not None:
+        found.append(last)
+    if not kept[0].fp8:
+        update(kept, feature, gap=gap, valid=valid, last=last)
+        return found
+    for i, one in enumerate(kept):
+        above = found[i + 1] if i + 1 < len(found) else None
+        update([one], found[i], gap=gap, valid=int(i < valid), last=above)
+    return found
 
 
 def forecast(

@@ -295,10 +295,10 @@ class LayerRun:
         derivatives: list[Tensor] = []
         with engine.ledger("forecast"):
             if keep:
-                more = []
+                last = None
                 if len(kept) == valid:
-                    more.append(engine.buffers.take("last_difference", tuple(self.a.o.shape), self.a.o))
-                derivatives = differences(kept, self.a.o, gap=gap, valid=valid, more=more)
+                    last = engine.buffers.take("last_difference", tuple(self.a.o.shape), self.a.o)
+                derivatives = differences(kept, self.a.o, gap=gap, valid=valid, last=last)
             else:
                 update(kept, self.a.o, gap=gap, valid=len(kept) - 1)
         engine.journal.now(partial(state.note_recorded, engine, valid + 1))

@@ -166,7 +166,7 @@ def _kept_scratch(config: Config, layer: LayerShape, itemsize: int) -> set[tuple
     if order > 0 and not layer.keeps_o:
         tensors.add(("last_difference", o))
     for i in range(order + 1 if layer.keeps_o else order):
-        if config.cache_dtype != "model":
+        if config.cache_dtype != "model" and i > 0:
             tensors.add((f"history {i}", o))
         if config.history == "host" and not layer.keeps_o:
             forms = _forms(config, layer.tokens, layer.width, itemsize)

@@ -24,7 +24,7 @@ SCALE_COLUMNS = 128  # of a row of a quantised tensor, that share a scale
 _ROWS = {"cached": 1, "active": 2}  # the native library's 0: all of them
 
 _KEPT = "derivatives, derivatives?, derivatives?, derivatives?, scales?, scales?, scales?, scales?"
-_UPDATE = Native("taylor_update", f"feature, {_KEPT}")
+_UPDATE = Native("taylor_update", f"feature, {_KEPT}, last?")
 _FORECAST = Native("taylor_forecast", f"{_KEPT}, coefficients, symbols.cache?, symbols.cache_indptr?, out?")
 _QUANTIZE = Native("quantize_fp8", "x, values?, scales?")
 
@@ -34,9 +34,14 @@ def _padded(tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
 
 
 def _call_update(
-    feature: Tensor, derivatives: Sequence[Tensor], scales: Sequence[Tensor], gap: float, valid: int
+    feature: Tensor,
+    derivatives: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    last: Tensor | None,
+    gap: float,
+    valid: int,
 ) -> None:
-    _UPDATE.invoke(feature, feature, *_padded(derivatives), *_padded(scales), gap, valid)
+    _UPDATE.invoke(feature, feature, *_padded(derivatives), *_padded(scales), last, gap, valid)
 
 
 def _call_forecast(
@@ -57,8 +62,8 @@ def _call_quantize(x: Tensor, values: Tensor, scales: Tensor) -> None:
 
 
 _update_operator = define(
-    "taylor_update(Tensor feature, Tensor(a!)[] derivatives, Tensor(b!)[] scales, float gap, int valid) "
-    "-> ()",
+    "taylor_update(Tensor feature, Tensor(a!)[] derivatives, Tensor(b!)[] scales, Tensor(c!)? last, "
+    "float gap, int valid) -> ()",
     _call_update,
     no_result,
 )
@@ -81,22 +86,25 @@ def taylor_update(
     gap: float,
     valid: int,
     scales: Sequence[Tensor] | None = None,
+    last: Tensor | None = None,
 ) -> None:
     """Finite differences at an Update.
 
     new[0] = feature; new[i + 1] = (new[i] - old[i]) / gap for i < valid, 0 above.
 
-    derivatives: D + 1 tensors of feature's shape and dtype, D <= 3; old in, new out.
-    gap: steps since the previous recorded step. valid: how many differences the history supports, 0 at first.
+    derivatives: 1 to 4 tensors of feature's shape and dtype; old in, new out.
+    gap: steps since the previous recorded step. valid: how many differences the history supports, 0 at first;
+        less than there are derivatives, or as many if `last` is given.
     scales: where the derivatives are kept as quantize_fp8 makes them, one a derivative; old in, new out as
         well. A difference is of the new[i] that has not been quantised yet.
+    last: of feature's shape and dtype; receives the difference one order above the derivatives', as it is.
 
     Raises ValueError or TypeError that names the argument, RuntimeError for tensors that require grad.
     """
     parts, scaled, tensors = _kept(derivatives, scales)
-    direct = _UPDATE.is_direct((feature, *tensors))
+    direct = _UPDATE.is_direct((feature, *tensors, last))
     expect_integer("valid", valid)
-    (_call_update if direct else _update_operator)(feature, parts, scaled, gap, valid)
+    (_call_update if direct else _update_operator)(feature, parts, scaled, last, gap, valid)
 
 
 def taylor_forecast(

@@ -22,7 +22,7 @@ struct alignas(8) Fp8Run {
 };
 
 struct Fp8Problem {
-  Rows values[kMostOrders], scales[kMostOrders], plain;  // plain: x, the feature, or the forecast
+  Rows values[kMostOrders], scales[kMostOrders], plain, last;  // plain: x, the feature, or the forecast
   const float* coefficients;
   int64_t coefficient_stride, width;
   RowThreads threads;  // a multiple of kLanesAScale a row: groups of lanes do not cross rows
@@ -152,12 +152,12 @@ __global__ void __launch_bounds__(kTaylorThreads) quantize_fp8_kernel(const __gr
   store(quantise(x), p, 0, place);
 }
 
-template <class Element, int kOrders>
+template <class Element, int kOrders, bool kLast>
 __global__ void __launch_bounds__(kTaylorThreads) update_fp8_kernel(const __grid_constant__ Fp8Problem p) {
   const Place place(p);
   Fp8Runs old[kOrders];
 #pragma unroll
-  for (int order = 0; order + 1 < kOrders; ++order)  // what is no history is not read
+  for (int order = 0; order + !kLast < kOrders; ++order)  // what is no history is not read
     if (order < p.valid && place.remaining > 0) old[order] = load(p, order, place);
   float now[kRuns][kRun];
   load_plain<Element>(p, place, now);
@@ -174,6 +174,11 @@ __global__ void __launch_bounds__(kTaylorThreads) update_fp8_kernel(const __grid
       for (int e = 0; e < kRun; ++e)  // rounded, as the CPU reads it
         now[r][e] = more ? (now[r][e] - __fmul_rn(old[order].scale, before[e])) * p.per_step : 0.0f;
     }
+  }
+  if constexpr (kLast) {
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r)
+      store_run(place.in<Element>(p.last, r), from_floats<Element>(now[r]), place.count(r), p.plain_aligned);
   }
 }
 
@@ -254,8 +259,9 @@ void quantize_fp8(const QuantizeArguments& a, const Context& context) {
 void update_fp8(const TaylorUpdateArguments& a, const Context& context) {
   Fp8Problem p = problem_of(a.feature, a.derivatives.data(), a.scales.data(), a.orders);
   p.valid = a.valid, p.per_step = 1.0f / a.gap;
-  with_taylor_kernel(a.feature.dtype, "feature", a.orders, [&](auto* type, auto orders) {
-    update_fp8_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
+  if (a.last.present()) p.last = rows_of(a.last), p.plain_aligned = p.plain_aligned && is_aligned(a.last, 2, 16);
+  with_update_kernel(a, [&](auto* type, auto orders, auto last) {
+    update_fp8_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value, decltype(last)::value>
         <<<p.threads.grid(), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
   });
   check_cuda(cudaGetLastError(), "update_fp8_kernel");

@@ -10,7 +10,7 @@ namespace flashomni::cuda {
 namespace {
 
 struct TaylorProblem {
-  Rows derivatives[kMostOrders], other;  // other: the feature, or the forecast
+  Rows derivatives[kMostOrders], other, last;  // other: the feature, or the forecast
   const float* coefficients;
   int64_t coefficient_stride, width;
   RowThreads threads;
@@ -33,14 +33,14 @@ struct Place : RowPlace {
   }
 };
 
-template <class Element, int kOrders>
+template <class Element, int kOrders, bool kLast>
 __global__ void __launch_bounds__(kTaylorThreads) taylor_update_kernel(const __grid_constant__ TaylorProblem p) {
   const Place place(p);
   if (place.count == 0) return;
   const HalfRun<Element> feature = load_run(place.in<const Element>(p.other), place.count, p.aligned);
   HalfRun<Element> old[kOrders];
 #pragma unroll
-  for (int order = 0; order + 1 < kOrders; ++order)  // what is no history is not read
+  for (int order = 0; order + !kLast < kOrders; ++order)  // what is no history is not read
     if (order < p.valid) old[order] = load_run(place.in<const Element>(p.derivatives[order]), place.count, p.aligned);
   float now[kRun];
   to_floats(feature, now);
@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kTaylorThreads) taylor_update_kernel(const __g
 #pragma unroll
     for (int e = 0; e < kRun; ++e) now[e] = more ? (now[e] - before[e]) * p.per_step : 0.0f;
   }
+  if constexpr (kLast) store_run(place.in<Element>(p.last), from_floats<Element>(now), place.count, p.aligned);
 }
 
 template <class Element, int kOrders>
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kTaylorThreads)
 struct Shape {
   int dims = 0;
   int64_t sizes[kMaxDims];
-  int64_t strides[kMostOrders + 1][kMaxDims];
+  int64_t strides[kMostOrders + 2][kMaxDims];
 
   Shape(const TensorView* const* views, int count, bool as_it_is) {
     for (int d = views[0]->ndim - 1; d >= 0; --d) {
@@ -118,12 +119,17 @@ struct Shape {
   }
 };
 
-/// What both operators share. views: the derivatives, then the other one. by_rows: row r of batch element b of
-/// [B, M, N] is at index (r, b).
-TaylorProblem problem_of(const TensorView* const* views, int orders, bool by_rows = false) {
+/// What both operators share. last: or absent. by_rows: row r of batch element b of [B, M, N] is at index (r, b).
+TaylorProblem problem_of(const TensorView* derivatives, int orders, const TensorView& other, const TensorView& last,
+                         bool by_rows) {
   TaylorProblem p{};
-  const Shape shape(views, orders + 1, by_rows);
-  const int first = shape.has_rows(orders + 1) ? 1 : 0;  // of the leading dimensions, at most three
+  const TensorView* views[kMostOrders + 2] = {&other};
+  Rows* rows_of[kMostOrders + 2] = {&p.other};
+  int count = 1;
+  for (int i = 0; i < orders; ++i) views[count] = &derivatives[i], rows_of[count++] = &p.derivatives[i];
+  if (last.present()) views[count] = &last, rows_of[count++] = &p.last;
+  const Shape shape(views, count, by_rows);
+  const int first = shape.has_rows(count) ? 1 : 0;  // of the leading dimensions, at most three
   p.width = first == 1 ? shape.sizes[0] : 1;
   p.threads.sizes[0] = p.threads.sizes[1] = 1;
   p.aligned = true;
@@ -132,8 +138,8 @@ TaylorProblem problem_of(const TensorView* const* views, int orders, bool by_row
     rows *= shape.sizes[d];
     if (d - first < 2) p.threads.sizes[d - first] = static_cast<uint32_t>(shape.sizes[d]);
   }
-  for (int v = 0; v <= orders; ++v) {
-    Rows& to = v < orders ? p.derivatives[v] : p.other;
+  for (int v = 0; v < count; ++v) {
+    Rows& to = *rows_of[v];
     to.data = views[v]->data;
     p.aligned = p.aligned && reinterpret_cast<uintptr_t>(to.data) % 16 == 0;
     for (int d = first; d < shape.dims; ++d) {
@@ -154,13 +160,10 @@ TaylorProblem problem_of(const TensorView* const* views, int orders, bool by_row
 
 void taylor_update(const TaylorUpdateArguments& a, const Context& context) {
   if (a.scales[0].present()) return update_fp8(a, context);
-  const TensorView* views[kMostOrders + 1];
-  for (int i = 0; i < a.orders; ++i) views[i] = &a.derivatives[i];
-  views[a.orders] = &a.feature;
-  TaylorProblem p = problem_of(views, a.orders);
+  TaylorProblem p = problem_of(a.derivatives.data(), a.orders, a.feature, a.last, false);
   p.valid = a.valid, p.per_step = 1.0f / a.gap;
-  with_taylor_kernel(a.feature.dtype, "feature", a.orders, [&](auto* type, auto orders) {
-    taylor_update_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value>
+  with_update_kernel(a, [&](auto* type, auto orders, auto last) {
+    taylor_update_kernel<std::remove_pointer_t<decltype(type)>, decltype(orders)::value, decltype(last)::value>
         <<<p.threads.grid(), kTaylorThreads, 0, static_cast<cudaStream_t>(context.stream)>>>(p);
   });
   check_cuda(cudaGetLastError(), "taylor_update_kernel");
@@ -168,11 +171,8 @@ void taylor_update(const TaylorUpdateArguments& a, const Context& context) {
 
 void taylor_forecast(const TaylorForecastArguments& a, const Context& context) {
   if (a.scales[0].present()) return forecast_fp8(a, context);
-  const TensorView* views[kMostOrders + 1];
-  for (int i = 0; i < a.orders; ++i) views[i] = &a.derivatives[i];
-  views[a.orders] = &a.out;
   const ForecastRowBits rows(a);
-  TaylorProblem p = problem_of(views, a.orders, rows.some);
+  TaylorProblem p = problem_of(a.derivatives.data(), a.orders, a.out, TensorView{}, rows.some);
   if (rows.some) p.threads.share();
   p.coefficients = a.coefficients.as<const float>();
   p.coefficient_stride = a.orders > 1 ? a.coefficients.strides[0] : 0;

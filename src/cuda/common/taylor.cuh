@@ -147,4 +147,13 @@ void with_taylor_kernel(DType dtype, const char* argument, int orders, F&& f) {
   });
 }
 
+/// The same for differences, with whether there is a last one that is not kept.
+template <class F>
+void with_update_kernel(const TaylorUpdateArguments& a, F&& f) {
+  with_taylor_kernel(a.feature.dtype, "feature", a.orders, [&](auto* type, auto orders) {
+    if (a.last.present()) return f(type, orders, std::true_type());
+    f(type, orders, std::false_type());
+  });
+}
+
 }  // namespace flashomni::cuda
