@@ -72,6 +72,8 @@ def norm_arms(q: torch.Tensor, k: torch.Tensor) -> dict[str, tuple[float, Callab
         return (torch.ones(q.shape[1], head_dim, device=q.device),) * 2
 
     x, keys, weight, each = q.clone(), k.clone(), torch.ones_like(q[0, 0, 0]), tables(q.shape[-1])
+    flat = q.flatten(2)
+    flat_out, (scale, shift) = torch.empty_like(flat), flat[:, :2].unbind(1)
     wide = torch.randn(*q.shape[:2], *WIDE, device=q.device).to(q.dtype)
     wide_weight, wide_tables = torch.ones_like(wide[0, 0]).flatten(), tables(WIDE[1])
     return {
@@ -83,6 +85,7 @@ def norm_arms(q: torch.Tensor, k: torch.Tensor) -> dict[str, tuple[float, Callab
             2 * wide.numel() / q.numel(),
             lambda: ops.norm_rope(wide, wide_weight, *wide_tables),
         ),
+        "adaptive layer norm": (2, lambda: ops.ada_layer_norm(flat, scale, shift, out=flat_out)),
     }
 
 

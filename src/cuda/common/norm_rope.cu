@@ -2,25 +2,20 @@
 // is read once for all of them.
 #include "src/cuda/common/norm_rope.cuh"
 
+#include <algorithm>
+
 #include "src/cuda/common/launch.h"
 
 namespace flashomni::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-#ifndef NR_GROUP
-#define NR_GROUP 8
-#endif
-#ifndef NR_AT_ONCE
-#define NR_AT_ONCE 4
-#endif
-#ifndef NR_MIN
-#define NR_MIN 7
-#endif
-constexpr int kHeadsAGroup = NR_GROUP, kAtOnce = NR_AT_ONCE;
+constexpr int kAtOnce = 4;      // heads whose reads are under way at a time
+constexpr int kFewHeads = 8;    // of a group, where there would be too few CTAs else
+constexpr int kManyCtas = 4000;
 
 template <class Element, int kLanes, bool kAligned>
-__global__ void __launch_bounds__(kThreads, NR_MIN) norm_rope_kernel(const __grid_constant__ NormRopeProblems q) {
+__global__ void __launch_bounds__(kThreads, 7) norm_rope_kernel(const __grid_constant__ NormRopeProblems q, int group) {
   const NormRopeProblem& p = q.of[blockIdx.z / q.batch];
   const int batch = blockIdx.z % q.batch;
   const int lane = threadIdx.x % kLanes, column = lane * kRun;
@@ -37,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, NR_MIN) norm_rope_kernel(const __gri
     load_floats(p.cos + position * p.cos_stride + column, kAligned, cosine);
     load_floats(p.sin + position * p.sin_stride + column, kAligned, sine);
   }
-  const int first = blockIdx.y * kHeadsAGroup, last = min(p.heads, first + kHeadsAGroup);
+  const int first = blockIdx.y * group, last = min(p.heads, first + group);
   x += first * p.strides[2];
   for (int head = first; head < last; head += kAtOnce, x += kAtOnce * p.strides[2]) {
     HalfRun<Element> part[kAtOnce] = {};
@@ -68,11 +63,11 @@ void norm_rope_each_head(const NormRopeProblems& q, DType dtype, cudaStream_t st
   with_half_type(dtype, "x", [&](auto* type) {
     using Element = std::remove_pointer_t<decltype(type)>;
     with_lanes(q.of[0].dim, [&](auto lanes) {
-      const int rows = kThreads / lanes;
-      const dim3 grid((q.of[0].rows + rows - 1) / rows, (q.most_heads() + kHeadsAGroup - 1) / kHeadsAGroup,
-                      q.grid_z());
+      const unsigned tokens = kThreads / lanes, ctas = (q.of[0].rows + tokens - 1) / tokens;
+      const int heads = q.most_heads(), group = int64_t{ctas} * q.grid_z() < kManyCtas ? std::min(kFewHeads, heads) : heads;
+      const dim3 grid(ctas, (heads + group - 1) / group, q.grid_z());
       with_alignment(q, [&](auto aligned) {
-        norm_rope_kernel<Element, decltype(lanes)::value, decltype(aligned)::value><<<grid, kThreads, 0, stream>>>(q);
+        norm_rope_kernel<Element, decltype(lanes)::value, decltype(aligned)::value><<<grid, kThreads, 0, stream>>>(q, group);
       });
     });
   });

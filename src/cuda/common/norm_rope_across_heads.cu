@@ -1,20 +1,18 @@
 // Norm over all heads of a token, then the rotation of each head, in one read and one write: the token's threads
 // hold it in registers while they add its squares up.
 //
-// A thread has the same columns of every few heads, so that it reads one piece of the rotation. A warp takes a whole
-// token where its registers can hold it: it asks for all of it at once, and waits for no other warp. A CTA takes
-// several tokens then.
+// A thread has the same columns of every few heads, so that it reads one piece of the rotation. As few warps as can
+// hold a token take it, and ask for all of it at once. Where that is one, it waits for no other, and a CTA takes
+// several tokens.
 #include "src/cuda/common/launch.h"
 #include "src/cuda/common/norm_rope.cuh"
 
 namespace flashomni::cuda {
 namespace {
 
-#ifndef MOST_HEADS
-#define MOST_HEADS 20
-#endif
-constexpr int kMostHeads = MOST_HEADS;  // of a thread: four registers each
-constexpr int kThreads = 128;   // of a CTA, which takes a token or several
+constexpr int kMostHeads = 10;      // of a thread: four registers each
+constexpr int kThreads = 128;       // of a CTA that takes several tokens
+constexpr int kMostThreads = 320;   // of one that takes one
 
 __device__ inline bool any_of_token(bool value) {
   return blockDim.x == kWarp ? __any_sync(~0u, value) : __syncthreads_or(value);
@@ -22,9 +20,9 @@ __device__ inline bool any_of_token(bool value) {
 
 /// threadIdx.y: the CTA's tokens. kHeads: at most, of a thread.
 template <class Element, int kHeads, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kHeads > 12 ? 3 : kHeads > 8 ? 5 : 6)
+__global__ void __launch_bounds__(kMostThreads, 2)
     norm_rope_across_heads_kernel(const __grid_constant__ NormRopeProblems q) {
-  __shared__ float sums[kThreads / kWarp];
+  __shared__ float sums[kMostThreads / kWarp];
   const NormRopeProblem& p = q.of[blockIdx.z / q.batch];
   const int batch = blockIdx.z % q.batch, row = blockIdx.x * blockDim.y + threadIdx.y;
   const int runs = p.dim / kRun, at_once = blockDim.x / runs;  // at_once: heads
@@ -87,7 +85,6 @@ template <class F>
 void with_heads(int heads, F&& f) {
   if (heads <= 4) return f(std::integral_constant<int, 4>());
   if (heads <= 8) return f(std::integral_constant<int, 8>());
-  if (heads <= 10) return f(std::integral_constant<int, 10>());
   f(std::integral_constant<int, kMostHeads>());
 }
 
@@ -95,11 +92,11 @@ void with_heads(int heads, F&& f) {
 
 void norm_rope_across_heads(const NormRopeProblems& q, DType dtype, cudaStream_t stream) {
   int warps = 1;
-  while (warps <= kThreads / kWarp && heads_a_thread(q, warps) > kMostHeads) ++warps;
-  if (warps > kThreads / kWarp) {
+  while (warps <= kMostThreads / kWarp && heads_a_thread(q, warps) > kMostHeads) ++warps;
+  if (warps > kMostThreads / kWarp) {
     const int dim = q.of[0].dim;
     fail(ErrorKind::kNotImplemented, "weight",
-         text("a norm over at most ", kMostHeads * (kThreads / (dim / kRun)), " heads of ", dim),
+         text("a norm over at most ", kMostHeads * (kMostThreads / (dim / kRun)), " heads of ", dim),
          text(q.most_heads(), " heads"));
   }
   with_heads(heads_a_thread(q, warps), [&](auto heads) {
