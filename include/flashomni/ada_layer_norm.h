@@ -6,8 +6,8 @@
 
 namespace flashomni {
 
-/// out = layer_norm(x) * (1 + scale) + shift, the norm over the last dimension, without weights of its own and
-/// in float32 throughout. x, out [B, M, C]; scale, shift [B, C]; one float type. cuda_sm90 takes C up to
+/// out = layer_norm(x) * (1 + scale) + shift, the norm over the last dimension, without weights of its own
+/// and in float32 throughout. x, out [B, M, C]; scale, shift [B, C]; one float type. cuda_sm90 takes C up to
 /// 12,288, else NotImplementedError.
 struct AdaLayerNormArguments {
   TensorView x, scale, shift, out;

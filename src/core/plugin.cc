@@ -25,11 +25,10 @@ namespace {
 template <class... Structs>
 inline constexpr bool kPlain =
     ((std::is_standard_layout_v<Structs> && std::is_trivially_copyable_v<Structs>) && ...);
-static_assert(
-    kPlain<PluginTable, PluginStatus, Context, AttentionArguments, GemmQArguments, GemmOUpdateArguments,
-           GemmODispatchArguments, BlockMeanArguments, SelectArguments, SummarizeArguments, NormRopeArguments,
-           NormRopeMeanArguments, AdaLayerNormArguments, TaylorUpdateArguments, TaylorForecastArguments,
-           QuantizeArguments>);
+static_assert(kPlain<PluginTable, PluginStatus, Context, AttentionArguments, GemmQArguments,
+                     GemmOUpdateArguments, GemmODispatchArguments, BlockMeanArguments, SelectArguments,
+                     SummarizeArguments, NormRopeArguments, NormRopeMeanArguments, AdaLayerNormArguments,
+                     TaylorUpdateArguments, TaylorForecastArguments, QuantizeArguments>);
 
 constexpr int kMaxDevices = 64;
 

@@ -1,4 +1,5 @@
-// Memory-bound neighbours of attention: block means, QK norm with RoPE, adaptive norms, Taylor differences and forecasts.
+// Memory-bound neighbours of attention: block means, QK norm with RoPE, adaptive norms, Taylor differences
+// and forecasts.
 #pragma once
 
 #include <omp.h>
@@ -182,7 +183,8 @@ inline void ada_layer_norm_as(const AdaLayerNormArguments& a, int threads) {
       ada_layer_norm_row(static_cast<const T*>(a.x.data) + b * a.x.strides[0] + r * a.x.strides[1],
                          static_cast<const T*>(a.scale.data) + b * a.scale.strides[0],
                          static_cast<const T*>(a.shift.data) + b * a.shift.strides[0],
-                         static_cast<T*>(a.out.data) + b * a.out.strides[0] + r * a.out.strides[1], width, a.eps);
+                         static_cast<T*>(a.out.data) + b * a.out.strides[0] + r * a.out.strides[1], width,
+                         a.eps);
     }
   }
 }

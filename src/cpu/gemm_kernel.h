@@ -303,7 +303,8 @@ inline void gemm_o_update_as(const GemmOUpdateArguments& a, void* workspace, int
         const int64_t begin = blocks.begin(block), rows = blocks.end(block) - begin;
         const int64_t first = groups.first(group), width = groups.width(group);
         const bool caches = !a.keep_rows || any_active(bits, b, block);
-        for (int32_t i = caches ? a.orders - 1 : 0; i >= 0; --i) {  // order 0 last: its sum goes on to the output
+        for (int32_t i = caches ? a.orders - 1 : 0; i >= 0;
+             --i) {  // order 0 last: its sum goes on to the output
           TileSum<T> sum(scratch, weight, group, width, rows);
           const T* o = row_of<const T>(a.o[i], b, begin, 0);
           add_heads(sum, bits, b, block, false, o, a.o[i].strides[1], a.head_dim);

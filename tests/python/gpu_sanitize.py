@@ -10,8 +10,8 @@ from gpu_problems import check, make_problem
 
 from flashomni import (
     SparseSymbols,
-    block_mean,
     ada_layer_norm,
+    block_mean,
     norm_rope,
     norm_rope_mean,
     quantize_fp8,

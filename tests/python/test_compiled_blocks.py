@@ -85,7 +85,7 @@ def operators(graph: torch.fx.GraphModule) -> list[str]:
 
 def test_only_the_branches_of_a_parallel_block_are_opaque() -> None:
     """Torch sees modulation and residual, and is given one tensor, of which it makes no copy."""
-    pipe, found = tiny_pipeline(doubles=1, singles=2), []
+    pipe, found = tiny_pipeline(doubles=2, singles=2), []
     flashomni.enable(pipe, CONFIG)
 
     def record(graph: torch.fx.GraphModule, inputs: list) -> torch.nn.Module:

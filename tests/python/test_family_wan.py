@@ -317,7 +317,9 @@ def test_cross_attention_follows(order: int, cache_dtype: str) -> None:
     active = cache.any(1)[:, torch.arange(steps[0][1].shape[1]) // 64].unsqueeze(-1)
     assert 0 < int(active.sum()) < active.numel()
     tolerance = 1e-5 if cache_dtype == "model" else 0.1
-    assert all(torch.equal(out, exact) for plan, exact, out in steps if plan.kind != "dispatch")
+    for plan, exact, out in steps:
+        if plan.kind != "dispatch":
+            torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
     check_forecast_rows(steps, active, order, tolerance)
 
 

@@ -106,7 +106,7 @@ def random_case(seed: int) -> dict:
     torch.manual_seed(seed)
     kv_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2])
     block, dim, batch = rng.choice(BLOCKS), rng.choice(HEAD_DIMS), rng.choice([1, 2])
-    tokens = rng.randint(1, rng.choice([100, 700, 3000]))
+    tokens = rng.randint(1, rng.choice([100, 700, 3000, 9000]))
     length = min(tokens, rng.choice([0, 16, 77, 226, 512, 10**6]))
     start = min(rng.choice([0, 0, 100]), tokens - length)
     q_blocks, kv_blocks = (reference.blocks(tokens, n) for n in block)

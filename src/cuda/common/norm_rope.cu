@@ -10,8 +10,8 @@ namespace flashomni::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kAtOnce = 4;      // heads whose reads are under way at a time
-constexpr int kFewHeads = 8;    // of a group, where there would be too few CTAs else
+constexpr int kAtOnce = 4;    // heads whose reads are under way at a time
+constexpr int kFewHeads = 8;  // of a group, where there would be too few CTAs else
 constexpr int kManyCtas = 4000;
 
 template <class Element, int kLanes, bool kAligned>

@@ -25,8 +25,8 @@ class FollowingCrossAttention(Processor):
     """Processor of a cross-attention of Wan's make: norms over all heads, no RoPE, text and perhaps a
     picture.
 
-    Steps that compute all rows are the model's own code. A Dispatch forecasts the output and computes the
-    active rows anew: GEMM-Q by row blocks, attention over their rows alone, GEMM-Q again.
+    A Dispatch forecasts the output and computes the active rows anew: GEMM-Q by row blocks, attention over
+    their rows alone, GEMM-Q again. Other steps do the same with all rows.
     """
 
     def __init__(self, call: Call, layer: Layer, attention: nn.Module):
@@ -64,24 +64,25 @@ class FollowingCrossAttention(Processor):
     ) -> Tensor:
         engine = self.engine
         with engine.ledger("cross_attention"):
-            if rows is None:
-                return self.original(attn, x, text)
             heads = (attn.heads, attn.inner_dim // attn.heads)
             q = engine.buffers.take("q", (*x.shape[:2], *heads), x)
             o = engine.buffers.take("o", (*x.shape[:2], attn.inner_dim), x)
             apply_linear(attn.to_q, x, q.flatten(2), rows)
-            active = engine.contexts.get(engine.context, self.following.layer).spread_rows
+            active = None
+            if rows is not None:
+                active = engine.contexts.get(engine.context, self.following.layer).spread_rows
             norm_and_rope(attn.norm_q, q, None, active, across_heads=True)
             self._look(q, self._keys(attn, text), active, o.unflatten(2, heads))
             return linear_tiles(o, part(attn, "to_out.0").weight, part(attn, "to_out.0").bias, rows, out=out)
 
     def _look(
-        self, q: Tensor, keys: list[tuple[Tensor, Tensor]], symbols: SparseSymbols, out: Tensor
+        self, q: Tensor, keys: list[tuple[Tensor, Tensor]], symbols: SparseSymbols | None, out: Tensor
     ) -> None:
-        """The sum of the attentions to each of `keys`, on the active rows."""
+        """The sum of the attentions to each of `keys`, on the active rows (None: on all)."""
         for i, (k, v) in enumerate(keys):
             to = out if i == 0 else self.engine.buffers.take("k", tuple(out.shape), out)
-            ops.sparse_attention(q, k, v, replace(symbols, kv_tokens=k.shape[1]), out=to)
+            seen = replace(symbols, kv_tokens=k.shape[1]) if symbols is not None else None
+            ops.sparse_attention(q, k, v, seen, out=to)
             if i > 0:
                 out.add_(to)
 

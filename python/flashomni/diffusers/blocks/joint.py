@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashomni.diffusers.blocks.adaptive_norm import intercept_adaptive_norm
 from flashomni.diffusers.blocks.base import (
     Blocks,
     Layer,
@@ -28,6 +29,8 @@ from flashomni.diffusers.blocks.feed_forward import following_of, intercept_feed
 from flashomni.diffusers.call import Call
 from flashomni.engine import Attention, Output
 from flashomni.engine.memory import LayerShape
+
+_NORMS = ("norm1", "norm1_context")  # before the attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +55,22 @@ class JointBlocks(Blocks):
             layer.look(layer.block, name, why_not_fused)
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
-        feed_forwards = []
+        restores = [
+            intercept_adaptive_norm(call.engine, part(layer.block, name))
+            for name in _NORMS
+            if hasattr(layer.block, name)
+        ]
         for i, name in enumerate(self.feed_forward):
             module = part(layer.block, name)
             following = following_of(call, layer, alone=len(self.feed_forward) > 1) if i == 0 else None
             if module is not None:
-                feed_forwards.append(intercept_feed_forward(call.engine, module, following))
+                restores.append(intercept_feed_forward(call.engine, module, following))
         attention = layer.attention
-        restore_processor = put_processor(attention, JointProcessor(call, layer, attention.processor))
+        restores.append(put_processor(attention, JointProcessor(call, layer, attention.processor)))
 
         def restore() -> None:
-            for restore_feed_forward in feed_forwards:
-                restore_feed_forward()
-            restore_processor()
+            for each in filter(None, restores):
+                each()
 
         return restore
 

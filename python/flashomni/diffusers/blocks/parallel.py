@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni import ops
+from flashomni.diffusers.blocks.adaptive_norm import modulation_of
 from flashomni.diffusers.blocks.base import (
     Blocks,
     Layer,
@@ -27,24 +28,9 @@ from flashomni.diffusers.blocks.base import (
 from flashomni.diffusers.blocks.compiled import InGraph
 from flashomni.diffusers.blocks.feed_forward import fused_activation
 from flashomni.diffusers.call import Call
-from flashomni.engine import Attention, Output, apply_linear, untouched, why_not_plain
+from flashomni.engine import Attention, Output, apply_linear, why_not_plain
 from flashomni.engine.memory import LayerShape
 from flashomni.symbols import SparseSymbols
-
-
-# What the modules make of temb before they split it into shift, scale and gate, by their classes.
-_MODULATIONS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "AdaLayerNormZeroSingle": lambda norm, temb: norm.linear(norm.silu(temb)),
-    "ChromaAdaLayerNormZeroSinglePruned": lambda norm, temb: temb.flatten(1, 2),
-}
-
-
-def _modulation_of(norm: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
-    """Where ada_layer_norm does the rest of what the module does."""
-    plain = getattr(norm, "norm", None)
-    if type(plain) is not nn.LayerNorm or plain.elementwise_affine:
-        return None
-    return _MODULATIONS.get(type(norm).__name__) if untouched(norm) and untouched(plain) else None
 
 
 def modulate(norm: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -94,7 +80,7 @@ class ParallelBlocks(Blocks):
 
     def adapts(self, layer: Layer) -> bool:
         """Whether the norm is ada_layer_norm, of what the module makes of temb."""
-        return self.modulate is modulate and _modulation_of(part(layer.block, self.norm)) is not None
+        return self.modulate is modulate and modulation_of(part(layer.block, self.norm)) is not None
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
         forward = ParallelForward(call, layer)
@@ -143,7 +129,7 @@ class ParallelForward(InGraph):
         parameters = inspect.signature(self.own).parameters
         self.names = tuple(name for name, p in parameters.items() if p.kind is named)[1:]
         self.norm = part(self.block, self.spec.norm)
-        self.modulation = _modulation_of(self.norm) if self.spec.adapts(layer) else None
+        self.modulation = modulation_of(self.norm) if self.spec.adapts(layer) else None
         self.enroll(self.block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -175,8 +161,8 @@ class ParallelForward(InGraph):
         return tuple(results[name] for name in spec.returns)
 
     def _branches(self, normed: dict[str, Tensor], given: Mapping[str, Any]) -> Tensor:
-        """out([attention, activation(mlp)]), [B, tokens, C], of the input as normed: x, or the shift and scale
-        that make it. Of the text only its length matters where x is there."""
+        """out([attention, activation(mlp)]), [B, tokens, C], of the normed input x, or of the shift and scale
+        that make it. Where x is there, only the text's length matters."""
         options = given.get("joint_attention_kwargs") or {}
         text, image = given.get("encoder_hidden_states"), given["hidden_states"]
         arguments = {

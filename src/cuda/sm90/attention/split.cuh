@@ -24,7 +24,7 @@ struct Split {
     const int rest = tiles - whole;
     float best = 1;  // time of the last wave, in tiles
     // Past some waves the idle SMs weigh less than the sums.
-    for (int n = 2; rest > 0 && whole < 12 * ctas && n <= kMostParts; ++n) {
+    for (int n = 2; rest > 0 && whole < 20 * ctas && n <= kMostParts; ++n) {
       if (rest * n > most_parts(ctas)) break;
       const float time = ((rest * n + ctas - 1) / ctas) * (__fdividef(1, n) + __fdividef(kStepsAPart, steps));
       if (time < 0.97f * best) best = time, parts = n;

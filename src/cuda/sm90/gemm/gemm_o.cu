@@ -1,4 +1,7 @@
 #include "src/cuda/sm90/gemm/gemm.h"
+
+#include <algorithm>
+
 #include "src/cuda/sm90/gemm/gemm_o_consumer.cuh"
 #include "src/cuda/sm90/gemm/host.h"
 #include "src/cuda/sm90/gemm/plan.h"
@@ -47,11 +50,13 @@ OParameters parameters_of(const TensorView& o, const char* o_name, const TensorV
   return p;
 }
 
-/// What is left over from whole rounds (all clusters busy) is halved where its halves fit one.
+/// What is left over from whole rounds (all clusters busy) is halved where its halves fit one. Of rows that are kept
+/// only the device knows: there a round's worth is halved, as the last round is nowhere near full on average.
 void divide(OParameters& p, int device) {
   p.sharers = p.features > GemmSizes::kWide ? 2 : 1;
   const int whole = p.tile_rows() * p.item_columns(p.sharers), clusters = clusters_of(device, p.sharers);
-  const int rest = whole % clusters, halved = 2 * rest <= clusters ? rest : 0;
+  const int rest = whole % clusters;
+  const int halved = p.dispatches() && p.keeps_rows ? std::min(whole, clusters) : 2 * rest <= clusters ? rest : 0;
   p.kept = whole - halved, p.items = whole + halved;
 }
 

@@ -42,7 +42,7 @@ struct OParameters {
   int sharers, items, kept;
   bool keeps_rows;  // those of row blocks without an active head: a Dispatch's, an Update's of cached tensors
 
-  __device__ bool dispatches() const { return coefficients != nullptr; }
+  __host__ __device__ bool dispatches() const { return coefficients != nullptr; }
   /// Whether the matrix has any of the 64 rows from `row` on.
   __device__ bool has_rows(int row) const { return row > -64 && row < rows; }
   /// Steps that a head takes, and the columns past the heads.
