@@ -145,19 +145,19 @@ PARTS = {"benchmarks": benchmarks, "tests": tests, "sanitizer": sanitizer}
 
 # Full-size models, a minute or a few each; by what they are called in the record and in `measure e2e-NAME`.
 COMPILED = {"arms": ("compiled",)}
+GRAPHS = ("compiled", "compiled graphs")
 VIDEO = {"sparsity": (0.46,), "rounds": 1, **COMPILED}
 # What follows is forecast from caches of its own: in e4m3 they fit 80 GB beside a model's weights.
 FOLLOW = {"follow": True, "chosen": False}
 FP8 = {"cache_dtype": "float8_e4m3"}
 E2E = {
     "tiny-flux": {},
-    "flux-dev": {"model": "flux-dev", "follow": True, "arms": ("compiled", "compiled graphs")},
+    "flux-dev": {"model": "flux-dev", "follow": True, "arms": GRAPHS},
     "flux-dev-2048": {
         "model": "flux-dev",
         "resolution": "2048x2048",
-        "rounds": 1,
         "follow": True,
-        **COMPILED,
+        "arms": GRAPHS,
     },
     "flux-kontext": {
         "model": "flux-kontext",

@@ -10,7 +10,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from torch import nn
 
 from flashomni.diffusers.blocks.adaptive_norm import intercept_adaptive_norm
-from flashomni.diffusers.patches import lay_out_tokens
+from flashomni.diffusers.patches import as_product, lay_out_tokens
 
 
 class Model(nn.Module):
@@ -33,9 +33,9 @@ def test_a_patch_embedding_gives_contiguous_tokens(convolution: nn.Module, shape
     with torch.no_grad():
         expected = convolution(x)
         restore = lay_out_tokens(engine, Model(convolution))
-        out = convolution(x)
-        assert out.flatten(2).transpose(1, 2).is_contiguous()
-        torch.testing.assert_close(out, expected)
+        for out in (convolution(x), as_product(convolution, x)):
+            assert out.flatten(2).transpose(1, 2).is_contiguous()
+            torch.testing.assert_close(out, expected)
         engine.enabled = False
         assert convolution(x).is_contiguous() and torch.equal(convolution(x), expected)
     restore()
