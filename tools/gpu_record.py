@@ -173,6 +173,7 @@ E2E = {
         "changes": FP8,
         **FOLLOW,
         **VIDEO,
+        "arms": GRAPHS,
     },
     "qwen-image": {"model": "qwen-image", "sparsity": (0.46,), "follow": True, **COMPILED},
     "wan-14b": {"model": "wan-14b", "changes": {"policy": "drift"}, **VIDEO},  # without text it alone caches

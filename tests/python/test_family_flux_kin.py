@@ -1,10 +1,11 @@
-"""Models built like FLUX.1 (LongCat-Image, Ovis-Image), and FLUX.3."""
+"""Models built like FLUX.1 (LongCat-Image, Ovis-Image, Bria), and FLUX.3."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from diffusers import (
+    BriaTransformer2DModel,
     Flux3Transformer2DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
@@ -28,6 +29,10 @@ def ovis() -> torch.nn.Module:
     )
 
 
+def bria() -> torch.nn.Module:
+    return BriaTransformer2DModel(**SIZES, in_channels=4, joint_attention_dim=32, axes_dims_rope=[16, 24, 24])
+
+
 def flux3() -> torch.nn.Module:
     return Flux3Transformer2DModel(
         **SIZES,
@@ -45,7 +50,7 @@ def ids(width: int, axes: int, first: int = 0) -> torch.Tensor:
     return given
 
 
-@pytest.mark.parametrize("kind", [longcat, ovis], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [longcat, ovis, bria], ids=lambda kind: kind.__name__)
 def test_passes(kind) -> None:
     """12 x 16 tokens with 20 of text, batch 2."""
     torch.manual_seed(0)

@@ -1,17 +1,25 @@
-"""Models built like Wan: Wan-Animate and SkyReels-V2."""
+"""Models built like Wan: Wan-Animate, SkyReels-V2 and ChronoEdit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from diffusers import (
+    ChronoEditTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     WanAnimatePipeline,
     WanAnimateTransformer3DModel,
 )
-from family_checks import check_nothing_reused_is_dense, check_sparse_runs, config, error, quiet
+from family_checks import (
+    check_nothing_reused_is_dense,
+    check_passes,
+    check_sparse_runs,
+    config,
+    error,
+    quiet,
+)
 from wan_models import TINY, draw, stirred
 
 import flashomni
@@ -101,3 +109,34 @@ def test_skyreels_v2_with_diffusion_forcing_is_refused() -> None:
         pipe.transformer(x, steps, **arguments)
     with flashomni.disabled(pipe), torch.no_grad():
         pipe.transformer(x, steps, **arguments)
+
+
+@pytest.mark.parametrize("frames", [2, 3])  # two frames stand far apart in time
+def test_chrono_edit(frames: int) -> None:
+    torch.manual_seed(0)
+    model = stirred(ChronoEditTransformer3DModel(**TINY))
+    generator = torch.Generator().manual_seed(2)
+    inputs = {"encoder_hidden_states": torch.randn(1, 20, 16, generator=generator)}
+    x = torch.randn(1, 4, frames, 20, 22, generator=generator)
+    stats = check_passes(model, x, inputs)
+    assert stats.symbols[0, 0].q_tokens == frames * 110
+
+
+def test_chrono_edit_goes_on_with_fewer_frames() -> None:
+    """Its pipeline drops the frames between the first and the last in the middle of a run."""
+    torch.manual_seed(0)
+    model = stirred(ChronoEditTransformer3DModel(**TINY))
+    engine = flashomni.enable(model, config(tau_kv=0.3))
+    generator = torch.Generator().manual_seed(2)
+    text, x = (torch.randn(shape, generator=generator) for shape in ((1, 20, 16), (1, 4, 3, 20, 22)))
+    engine.begin(8)
+    for i in range(8):
+        if i == 4:
+            x = x[:, :, [0, -1]]
+        with torch.no_grad():
+            got = model(x, torch.tensor([1000.0 - 100 * i]), text, return_dict=False)[0]
+            with flashomni.disabled(model):
+                want = model(x, torch.tensor([1000.0 - 100 * i]), text, return_dict=False)[0]
+        assert got.shape == want.shape and error(got, want) < 0.3
+        engine.step()
+    assert {symbols.q_tokens for symbols in flashomni.stats(model).symbols.values()} == {220}

@@ -38,9 +38,10 @@ def image_tables(rope: Tables, joint: Joint) -> Tables:
 
 
 def batched_tables(rope: Tables, joint: Joint) -> Tables:
-    """(cos, sin) [1, tokens, 1, D] of a sequence without text, as Wan has them."""
+    """(cos, sin) [1, tokens, 1, D] of a sequence without text, as Wan has them: of a pair it reads the first
+    cosine and the second sine, which ChronoEdit's tables of odd widths make differ from the others."""
     cos, sin = (table.squeeze(2).squeeze(0).float() for table in rope)
-    return cos, sin
+    return cos[:, 0::2].repeat_interleave(2, -1), sin[:, 1::2].repeat_interleave(2, -1)
 
 
 def channel_tables(rope: Tables, joint: Joint) -> Rotation:

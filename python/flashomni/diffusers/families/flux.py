@@ -1,4 +1,5 @@
-"""FLUX.1: dev, schnell, Fill, Control, Kontext; and models built like it: LongCat-Image, Ovis-Image."""
+"""FLUX.1: dev, schnell, Fill, Control, Kontext; and models built like it: LongCat-Image, Ovis-Image,
+Bria 3.2."""
 
 from __future__ import annotations
 
@@ -76,4 +77,10 @@ OVIS = Family(
     presets=presets_around(PAPER_IMAGE, CARRIED_OVER),
     notes=("Feed-forwards are SwiGLU and the model's own.",),
 )
-FAMILIES = (FLUX, LONGCAT, OVIS)
+BRIA = Family(
+    models=("BriaTransformer2DModel",),
+    blocks=flux_blocks("Bria", "BriaAttnProcessor"),
+    prepare=prepare,
+    presets=presets_around(PAPER_IMAGE, CARRIED_OVER),
+)
+FAMILIES = (FLUX, LONGCAT, OVIS, BRIA)

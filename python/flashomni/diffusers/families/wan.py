@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text to video, image to video, VACE, Animate, with one expert or two; SkyReels-V2."""
+"""Wan 2.1 and 2.2: text to video, image to video, VACE, Animate, with one expert or two; its kin."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PRESETS = textless_presets(tau_kv=0.05)
 _NOTES = (TEXTLESS, ACROSS_HEADS)
 
 WAN = Family(
-    models=("WanTransformer3DModel", "WanAnimateTransformer3DModel"),
+    models=("WanTransformer3DModel", "WanAnimateTransformer3DModel", "ChronoEditTransformer3DModel"),
     blocks=(_blocks("blocks", "WanTransformerBlock"),),
     presets=_PRESETS,
     notes=_NOTES,
