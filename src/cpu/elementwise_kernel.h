@@ -66,12 +66,25 @@ inline void rotate(float* row, const float* cosine, const float* sine, int64_t d
   }
 }
 
-inline float sum_of_squares(const float* row, int64_t dim) {
+inline float sum_of(const float* row, int64_t dim) {
+  Float sums{};
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) sums += load(row + d);
+  float sum = total(sums);
+  for (; d < dim; ++d) sum += row[d];
+  return sum;
+}
+
+/// Of what is left of each element without `mean`.
+inline float sum_of_squares(const float* row, int64_t dim, float mean = 0) {
   Float squares{};
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) squares += load(row + d) * load(row + d);
+  for (; d + kLanes <= dim; d += kLanes) {
+    const Float rest = load(row + d) - splat(mean);
+    squares += rest * rest;
+  }
   float sum = total(squares);
-  for (; d < dim; ++d) sum += row[d] * row[d];
+  for (; d < dim; ++d) sum += (row[d] - mean) * (row[d] - mean);
   return sum;
 }
 
@@ -156,12 +169,10 @@ template <class T>
 inline void ada_layer_norm_row(const T* x, const T* scale, const T* shift, T* out, int64_t width, float eps) {
   const float share = 1.0f / static_cast<float>(width);
   float sum = 0, squares = 0;
-  in_pieces(x, width, [&](int64_t, int64_t count, const float* values) {
-    for (int64_t i = 0; i < count; ++i) sum += values[i];
-  });
+  in_pieces(x, width, [&](int64_t, int64_t count, const float* values) { sum += sum_of(values, count); });
   const float mean = sum * share;
   in_pieces(x, width, [&](int64_t, int64_t count, const float* values) {
-    for (int64_t i = 0; i < count; ++i) squares += (values[i] - mean) * (values[i] - mean);
+    squares += sum_of_squares(values, count, mean);
   });
   const float factor = 1.0f / __builtin_sqrtf(squares * share + eps);
   in_pieces(x, width, [&](int64_t column, int64_t count, float* values) {
