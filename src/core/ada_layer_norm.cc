@@ -1,7 +1,5 @@
 #include "flashomni/ada_layer_norm.h"
 
-#include <cmath>
-
 #include "src/core/check.h"
 
 namespace flashomni {
@@ -19,9 +17,7 @@ void ada_layer_norm(const AdaLayerNormArguments& a, const Context& context) {
   check::disjoint(a.out, "out", a.x, "x");
   check::disjoint(a.out, "out", a.scale, "scale");
   check::disjoint(a.out, "out", a.shift, "shift");
-  if (!(a.eps >= 0.0f) || !std::isfinite(a.eps)) {
-    fail(ErrorKind::kValue, "eps", "a finite number of at least 0", text(a.eps));
-  }
+  check::eps(a.eps);
   check::threads(context);
   const Backend& backend = backend_for(device);
   if (a.x.numel() > 0) backend.ada_layer_norm(a, context);

@@ -133,6 +133,11 @@ void fraction(float value, const char* name) {
   if (!(value >= 0.0f && value <= 1.0f)) fail(ErrorKind::kValue, name, "a number from 0 to 1", text(value));
 }
 
+void eps(float value) {
+  if (!(value >= 0.0f) || !std::isfinite(value))
+    fail(ErrorKind::kValue, "eps", "a finite number of at least 0", text(value));
+}
+
 void finite(float value, const char* name) {
   if (!std::isfinite(value)) fail(ErrorKind::kValue, name, "a finite number", text(value));
 }

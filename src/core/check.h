@@ -36,6 +36,8 @@ void at_least(int64_t value, int64_t least, const char* name);
 void head_dim(int64_t value, const char* tensor_name);
 void fraction(float value, const char* name);
 void finite(float value, const char* name);
+/// Of what is added below a root.
+void eps(float value);
 void block_size(int64_t value, const char* name);
 /// 128 x 128, 128 x 64 or 64 x 64.
 void block_pair(int64_t block_q, int64_t block_kv);

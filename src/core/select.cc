@@ -1,6 +1,5 @@
 #include "flashomni/select.h"
 
-#include <cmath>
 #include <utility>
 
 #include "src/core/check.h"
@@ -148,9 +147,7 @@ void check_norm_rope(const NormRopeArguments& a) {
     check::tensor(a.sin, "sin", DType::kFloat32, device, {a.tokens, dim});
     check::rows_within(a.row_offset, rows, a.tokens, "x");
   }
-  if (!(a.eps >= 0.0f) || !std::isfinite(a.eps)) {
-    fail(ErrorKind::kValue, "eps", "a finite number of at least 0", text(a.eps));
-  }
+  check::eps(a.eps);
   TileSymbols tiles;
   tiles.cache = a.cache;
   tiles.heads = a.x.size(2);

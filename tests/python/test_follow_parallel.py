@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -181,6 +182,54 @@ def test_rows_that_are_forecast_are_not_multiplied() -> None:
     for kind, missing in seen:
         assert torch.equal(missing, ~active) if kind == "dispatch" else not missing.any()
     assert [kind for kind, _ in seen].count("dispatch") == 3
+
+
+def test_an_update_caches_nothing_of_rows_that_follow() -> None:
+    pipe = tiny_pipeline()
+    engine = flashomni.enable(pipe, config(mlp="follow"), policy=OddRows())
+    draw_flux(pipe, 8)
+    state = engine.contexts.get(engine.contexts.names()[0], 1)
+    active = active_rows(engine, 339).squeeze(-1)
+    for kept in state.cached[0]:
+        (product,) = kept.parts
+        assert not product[~active].any()  # as it was made
+    assert state.cached[0][0].parts[0][active].any(-1).all()
+
+
+def test_an_update_that_fails_after_its_attention_leaves_dense_steps(monkeypatch) -> None:
+    """What rows that follow would need was not kept, so that there is nothing to dispatch from."""
+    module, steps = sys.modules["flashomni.engine.follow"], []
+    record, settings = module._record, config(mlp="follow", disable_cache_before_step=3)
+    model = lively(ovis())
+    engine = flashomni.enable(model, settings, policy=OddRows(whole=True))
+
+    def fail_at_updates(engine, *arguments) -> None:
+        if engine.plan.kind == "update":
+            raise MemoryError
+        record(engine, *arguments)
+
+    monkeypatch.setattr(module, "_record", fail_at_updates)
+    generator = torch.Generator().manual_seed(2)
+    inputs = {"img_ids": ids(16, 3, first=1), "txt_ids": torch.zeros(20, 3), "timestep": torch.ones(1)}
+    inputs["encoder_hidden_states"] = torch.randn(1, 20, 32, generator=generator)
+    x = torch.randn(1, 192, 4, generator=generator)
+    engine.begin(8)
+    with torch.no_grad():
+        for _ in range(8):
+            try:
+                out = model(hidden_states=x, return_dict=False, **inputs)[0]
+            except MemoryError:
+                assert engine.plan.kind == "update"
+            else:
+                steps.append(engine.plan.kind)
+                assert out.isfinite().all()
+                if engine.plan.kind == "dispatch":
+                    with flashomni.disabled(model):
+                        exact = model(hidden_states=x, return_dict=False, **inputs)[0]
+                    torch.testing.assert_close(out, exact, rtol=2e-5, atol=2e-5)
+                    break
+            engine.step()
+    assert steps[-1] == "dispatch" and "update" not in steps
 
 
 @pytest.mark.parametrize("kept", [{}, {"cache_dtype": "float8_e4m3"}, {"history": "host"}], ids=str)

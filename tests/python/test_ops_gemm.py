@@ -243,6 +243,16 @@ def test_rows_that_are_kept_are_zero_in_a_new_output() -> None:
     assert torch.equal(out[rows], every[rows]) and not out[~rows].any() and every[~rows].any()
 
 
+def test_rows_that_are_kept_are_zero_in_new_cached_tensors() -> None:
+    case = Matrix(8, 2, 300, 2, 77, 64, 0.4, torch.float32, width=128 + 40, outputs=48)
+    options = {"head_dim": 64, "row_offset": 77, "derivatives": [case.x]}
+    _, every = gemm_o_update(case.x, case.weight, case.bias, case.symbols, **options)
+    _, cached = gemm_o_update(case.x, case.weight, case.bias, case.symbols, keep_rows=True, **options)
+    rows = case.active().any(-1)
+    for a, b in zip(cached, every, strict=True):
+        assert torch.equal(a[rows], b[rows]) and not a[~rows].any() and b[~rows].any()
+
+
 def test_without_symbols_no_row_is_kept() -> None:
     case = Matrix(9, 1, 50, 2, 0, 128, 1.0, torch.float32, width=128, outputs=40)
     _, (cached,) = gemm_o_update(case.x, case.weight, case.bias, None, head_dim=64, keep_rows=True)

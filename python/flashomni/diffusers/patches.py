@@ -44,6 +44,7 @@ def _cuts_patches(module: nn.Module) -> bool:
         and module.groups == 1
         and not any(module.padding)
         and set(module.dilation) == {1}
+        and type(module.weight) is nn.Parameter
         and untouched(module)
     )
 
@@ -58,9 +59,8 @@ class _Embedding:
         module = self.module
         if not self.engine.enabled:
             return type(module).forward(module, x)
-        if x.is_cuda and x.ndim == 2 + len(
-            module.kernel_size
-        ):  # cuDNN turns its result round, as we would then
+        # cuDNN turns its result round once, and we would once more.
+        if x.is_cuda and x.ndim == 2 + len(module.kernel_size):
             return as_product(module, x)
         return type(module).forward(module, x).contiguous(memory_format=_CHANNELS_LAST[type(module)])
 

@@ -154,7 +154,7 @@ def gemm_o_update(
         bias: [N]. derivatives: the differences of order 1..D of o, D <= 3, [B, M, >= heads * head_dim] each.
     symbols: their cache bits; rows as in gemm_q. out, cached: [B, M, N], D + 1 of the latter.
     keep_rows: as the Dispatch steps to come have it: no cached tensor is computed or written in rows of row
-        blocks without an active head.
+        blocks without an active head (zero where this allocates it).
 
     Returns (out, cached). Raises ValueError, TypeError or NotImplementedError that names the argument,
     RuntimeError for tensors that require grad.
@@ -175,7 +175,8 @@ def gemm_o_update(
     shape = (o.shape[0], o.shape[1], weight.shape[0])
     if out is None:
         out = new_output(shape, o, None)
-    result = list(given) if given else [new_output(shape, o, None) for _ in range(len(derivatives) + 1)]
+    kept = cache if keep_rows else None
+    result = list(given) if given else [new_output(shape, o, kept) for _ in range(len(derivatives) + 1)]
     (_call_update if direct else _update_operator)(
         *([o, *derivatives], past, weight, bias, cache, cache_indptr, out, result),
         *(head_dim, *geometry, keep_rows),

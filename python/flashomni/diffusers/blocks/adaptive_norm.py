@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from flashomni import ops
 from flashomni.engine import Engine, untouched
 
-# What a module makes of temb before it splits that into shift, scale and gate, by its class.
-_MODULATIONS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+# (module, temb) -> what it splits into shift, scale and gate.
+Modulation = Callable[[nn.Module, Tensor], Tensor]
+
+_MODULATIONS: dict[str, Modulation] = {  # by the module's class
     "AdaLayerNormZeroSingle": lambda norm, temb: norm.linear(norm.silu(temb)),
     "ChromaAdaLayerNormZeroSinglePruned": lambda norm, temb: temb.flatten(1, 2),
 }
 
 
-def modulation_of(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+def modulation_of(module: nn.Module) -> Modulation | None:
     """Of a norm with one gate; None where ada_layer_norm does not do the rest of what the module does."""
     return _MODULATIONS.get(type(module).__name__) if _holds_plain_norm(module) else None
 

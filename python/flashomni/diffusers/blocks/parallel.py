@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni import ops
-from flashomni.diffusers.blocks.adaptive_norm import modulation_of
+from flashomni.diffusers.blocks.adaptive_norm import Modulation, modulation_of
 from flashomni.diffusers.blocks.base import (
     Blocks,
     Layer,
@@ -31,6 +31,8 @@ from flashomni.diffusers.call import Call
 from flashomni.engine import Attention, Output, apply_linear, why_not_plain
 from flashomni.engine.memory import LayerShape
 from flashomni.symbols import SparseSymbols
+
+_TEXT, _IMAGE = "encoder_hidden_states", "hidden_states"
 
 
 def modulate(norm: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -55,7 +57,7 @@ class ParallelBlocks(Blocks):
     activation: str  # module; GELU is fused into the product before it
     out: str
     gated: bool = False
-    returns: tuple[str, str] = ("encoder_hidden_states", "hidden_states")
+    returns: tuple[str, str] = (_TEXT, _IMAGE)
     modulate: Callable[[nn.Module, Tensor, Mapping[str, Any]], tuple[Tensor, Tensor]] = modulate
 
     def streams(self) -> tuple[Projections, ...]:
@@ -78,9 +80,9 @@ class ParallelBlocks(Blocks):
     def mlp_can_follow(self, layer: Layer) -> bool:
         return layer.gemm_o  # with the attention, in the projection of both
 
-    def adapts(self, layer: Layer) -> bool:
-        """Whether the norm is ada_layer_norm, of what the module makes of temb."""
-        return self.modulate is modulate and modulation_of(part(layer.block, self.norm)) is not None
+    def modulation(self, layer: Layer) -> Modulation | None:
+        """What the norm makes of temb for ada_layer_norm to do the rest; None where the norm is called."""
+        return modulation_of(part(layer.block, self.norm)) if self.modulate is modulate else None
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
         forward = ParallelForward(call, layer)
@@ -107,7 +109,7 @@ class ParallelBlocks(Blocks):
             scratch=(
                 ("o", tokens * layer.width),
                 ("past", tokens * (out.in_features - layer.width)),
-                *([("normed", tokens * out.out_features)] if self.adapts(layer) else []),
+                *([("normed", tokens * out.out_features)] if self.modulation(layer) else []),
                 *([("mlp", tokens * part(layer.block, self.mlp).out_features)] if self.gated else []),
             ),
         )
@@ -129,7 +131,7 @@ class ParallelForward(InGraph):
         parameters = inspect.signature(self.own).parameters
         self.names = tuple(name for name, p in parameters.items() if p.kind is named)[1:]
         self.norm = part(self.block, self.spec.norm)
-        self.modulation = modulation_of(self.norm) if self.spec.adapts(layer) else None
+        self.modulation = self.spec.modulation(layer)
         self.enroll(self.block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -137,11 +139,9 @@ class ParallelForward(InGraph):
         if not (self.engine.enabled and type(self.layer.attention.processor).__name__ == spec.processor):
             return self.own(block, *args, **kwargs)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        text, image = "encoder_hidden_states", "hidden_states"
-        alone = given.get(text) is None
-        order = (image,) if alone else (text, image) if self.call.text_first else (image, text)
+        order = self._order(given)
         parts = [given[name] for name in order]
-        residual = parts[0] if alone else join(*parts)
+        residual = join(*parts) if len(parts) > 1 else parts[0]
         if self.modulation is not None:
             shift, scale, gate = self.modulation(self.norm, given["temb"]).to(residual.dtype).chunk(3, dim=1)
             out = self._branches({"shift": shift, "scale": scale}, given)
@@ -151,7 +151,7 @@ class ParallelForward(InGraph):
         out = torch.addcmul(residual, gate.unsqueeze(1) if gate.ndim == 2 else gate, out)
         if out.dtype == torch.float16:
             out = out.clip(-65504, 65504)
-        if alone:
+        if len(parts) == 1:
             return out
         results = dict(zip(order, out.split([each.shape[1] for each in parts], dim=1), strict=True))
         if torch.compiler.is_compiling():
@@ -160,31 +160,34 @@ class ParallelForward(InGraph):
             return tuple(results[name].clone(memory_format=torch.contiguous_format) for name in spec.returns)
         return tuple(results[name] for name in spec.returns)
 
+    def _order(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the arguments whose rows the block joins, in attention's order."""
+        if given.get(_TEXT) is None:
+            return (_IMAGE,)
+        return (_TEXT, _IMAGE) if self.call.text_first else (_IMAGE, _TEXT)
+
     def _branches(self, normed: dict[str, Tensor], given: Mapping[str, Any]) -> Tensor:
         """out([attention, activation(mlp)]), [B, tokens, C], of the normed input x, or of the shift and scale
         that make it. Where x is there, only the text's length matters."""
         options = given.get("joint_attention_kwargs") or {}
-        text, image = given.get("encoder_hidden_states"), given["hidden_states"]
         arguments = {
             **normed,
-            "text": text,
-            "image": image if "x" not in normed else None,
+            _TEXT: given.get(_TEXT),
+            _IMAGE: given[_IMAGE] if "x" not in normed else None,
             "attention_mask": given.get("attention_mask", options.get("attention_mask")),
             "rope": given.get("image_rotary_emb"),
         }
         if not torch.compiler.is_compiling():
             return self.run(arguments)
-        like = "x" if "x" in normed else "image" if text is None else "text+image"
-        return self.trace(arguments, [like])[0]
+        return self.trace(arguments, ["x" if "x" in normed else "+".join(self._order(given))])[0]
 
     def _normed(self, arguments: dict[str, Any]) -> Tensor:
         """The norm of text and image, in scratch and in the order of attention."""
-        text, image = arguments.get("text"), arguments["image"]
-        parts = [image] if text is None else [text, image] if self.call.text_first else [image, text]
-        tokens = sum(each.shape[1] for each in parts)
-        x = self.engine.buffers.take("normed", (image.shape[0], tokens, image.shape[2]), image)
+        parts = [arguments[name] for name in self._order(arguments)]
+        counts = [each.shape[1] for each in parts]
+        x = self.engine.buffers.take("normed", (len(parts[0]), sum(counts), parts[0].shape[2]), parts[0])
         options = {"scale": arguments["scale"], "shift": arguments["shift"], "eps": self.norm.norm.eps}
-        for each, out in zip(parts, x.split([each.shape[1] for each in parts], dim=1), strict=True):
+        for each, out in zip(parts, x.split(counts, dim=1), strict=True):
             ops.ada_layer_norm(each, out=out, **options)
         return x
 
@@ -192,7 +195,7 @@ class ParallelForward(InGraph):
         block, spec, engine, layer = self.block, self.spec, self.engine, self.layer
         refuse_masks(spec, layer.name, {"attention_mask": arguments.get("attention_mask")})
         x = arguments["x"] if "x" in arguments else self._normed(arguments)
-        tokens, text = x.shape[1], arguments.get("text")
+        tokens, text = x.shape[1], arguments.get(_TEXT)
         if text is None:
             joint = self.call.lay_out_whole(tokens)
         else:
