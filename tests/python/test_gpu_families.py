@@ -1,4 +1,5 @@
-"""Model families on a GPU: padding that differs in a batch, fused products, rotations an element."""
+"""Model families on a GPU: padding that differs in a batch, fused products, rotations an element; and those
+that no other test runs there."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import copy
 import pytest
 import torch
 from family_checks import config, denoise, error
+from test_family_cogvideox import consisid
 from test_family_flux2 import passes as flux2_passes
 from test_family_flux2 import pipeline as flux2_pipeline
 from test_family_hunyuan_video import pipeline as hunyuan_pipeline
@@ -14,6 +16,45 @@ from test_family_hunyuan_video import pipeline as hunyuan_pipeline
 import flashomni
 
 pytestmark = pytest.mark.gpu
+
+MODELS = {"consisid": consisid}  # each: (model, x, inputs)
+
+
+def put(given, dtype: torch.dtype):
+    """Tensors and nested sequences of them on the GPU; numbers in `dtype`."""
+    if isinstance(given, (list, tuple)):
+        return type(given)(put(each, dtype) for each in given)
+    return given.to("cuda", dtype if given.is_floating_point() else None)
+
+
+def case(name: str, dtype: torch.dtype) -> tuple:
+    """(model, x, inputs) on the GPU; tables of RoPE stay in float32, as pipelines have them."""
+    model, x, inputs = MODELS[name]()
+    inputs = {
+        key: put(given, torch.float32 if key == "image_rotary_emb" else dtype)
+        for key, given in inputs.items()
+    }
+    return model.to("cuda", dtype), put(x, dtype), inputs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_reused_is_as_exact_as_the_models_own(name: str) -> None:
+    exact = denoise(*case(name, torch.float64), steps=6)[-1]
+    model, x, inputs = case(name, torch.bfloat16)
+    theirs = error(denoise(model, x, inputs, 6)[-1], exact)
+    engine = flashomni.enable(model, config(policy="dense", strict=True))
+    assert error(denoise(model, x, inputs, 6, engine)[-1], exact) < 1.5 * theirs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_have_the_same_bits(name: str) -> None:
+    model, x, inputs = case(name, torch.bfloat16)
+    engine = flashomni.enable(model, config(tau_kv=0.3))
+    want = denoise(model, x, inputs, 14, engine)
+    flashomni.disable(model)
+    engine = flashomni.enable(model, config(tau_kv=0.3, cuda_graphs=True))
+    for a, b in zip(denoise(model, x, inputs, 14, engine), want, strict=True):
+        assert torch.equal(a, b)
 
 
 def hunyuan(dtype: torch.dtype) -> tuple:

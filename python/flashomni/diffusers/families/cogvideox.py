@@ -1,4 +1,4 @@
-"""CogVideoX and CogVideoX 1.5: text to video, image to video, video to video."""
+"""CogVideoX and CogVideoX 1.5: text to video, image to video, video to video; and ConsisID."""
 
 from __future__ import annotations
 
@@ -17,22 +17,35 @@ def _prepare(inputs: Inputs, call: Call) -> None:
 
 _SHARED = replace(IMAGE, other_norms=True)  # text and video go through the same projections
 
+
+def _blocks(block: str) -> JointBlocks:
+    return JointBlocks(
+        path="transformer_blocks",
+        block=block,
+        attention="attn1",
+        image=_SHARED,
+        text=_SHARED,
+        processor="CogVideoXAttnProcessor2_0",
+        feed_forward=("ff",),
+        rope=rope.image_tables,
+    )
+
+
+_PRESETS = presets_around(PAPER_VIDEO, CARRIED_OVER)
+_LAYER_NORMS = "Query and key norms are LayerNorms: called as modules on all tiles, cached ones too."
+
 COGVIDEOX = Family(
     models=("CogVideoXTransformer3DModel",),
-    blocks=(
-        JointBlocks(
-            path="transformer_blocks",
-            block="CogVideoXBlock",
-            attention="attn1",
-            image=_SHARED,
-            text=_SHARED,
-            processor="CogVideoXAttnProcessor2_0",
-            feed_forward=("ff",),
-            rope=rope.image_tables,
-        ),
-    ),
+    blocks=(_blocks("CogVideoXBlock"),),
     prepare=_prepare,
-    presets=presets_around(PAPER_VIDEO, CARRIED_OVER),
-    notes=("Query and key norms are LayerNorms: called as modules on all tiles, cached ones too.",),
+    presets=_PRESETS,
+    notes=(_LAYER_NORMS,),
 )
-FAMILIES = (COGVIDEOX,)
+CONSISID = Family(
+    models=("ConsisIDTransformer3DModel",),
+    blocks=(_blocks("ConsisIDBlock"),),
+    prepare=_prepare,
+    presets=_PRESETS,
+    notes=(_LAYER_NORMS, "Outside of FlashOmni: the face's extractor and its attentions between the blocks."),
+)
+FAMILIES = (COGVIDEOX, CONSISID)
