@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flashomni.diffusers.families import (
+    aura_flow,
     chroma,
     cogvideox,
     flux,
@@ -35,6 +36,7 @@ def register_family(family: Family) -> None:
 
 
 for _module in (
+    aura_flow,
     chroma,
     cogvideox,
     flux,
