@@ -92,19 +92,41 @@ def complex_elements(rope: Tensor, joint: Joint) -> Tables | Rotation:
 
 def image_pairs_by_head(rope: Tables, joint: Joint) -> Rotation:
     """cos, sin [tokens, H, D / 2] of the image alone, another angle in each head."""
-    first, cos, sin = joint.image.start, *rope
 
     def rotate(x: Tensor, start: int) -> None:
-        # x may be of the image's rows or of the text's, which is not rotated.
-        rows = slice(max(start, first), min(start + x.shape[1], first + joint.image.length))
-        if rows.start >= rows.stop:
-            return
-        image = x[:, rows.start - start : rows.stop - start]
-        c, s = (table[rows.start - first : rows.stop - first] for table in (cos, sin))
+        rows, image = _image_rows(x, start, joint)
+        c, s = (table[rows] for table in rope)
         even, odd = image[..., 0::2].float(), image[..., 1::2].float()
         image.copy_(torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2))
 
     return rotate
+
+
+def image_halves(rope: Tables, joint: Joint) -> Rotation:
+    """(cos, sin) [tokens, D] of the image alone, of pairs (i, i + D / 2); perhaps on the host."""
+    tables: dict[torch.device, Tables] = {}
+
+    def rotate(x: Tensor, start: int) -> None:
+        rows, image = _image_rows(x, start, joint)
+        if x.device not in tables:
+            tables[x.device] = tuple(table.to(x.device, torch.float32) for table in rope)
+        cos, sin = (table[rows].unsqueeze(1) for table in tables[x.device])
+        wide = image.float()
+        first, second = wide.chunk(2, dim=-1)
+        image.copy_(wide * cos + torch.cat([-second, first], dim=-1) * sin)
+
+    return rotate
+
+
+def _image_rows(x: Tensor, start: int, joint: Joint) -> tuple[slice, Tensor]:
+    """Of x, rows from `start` on of the joint sequence, those of the image: which they are there, and they.
+
+    x may be of the image's rows or of the text's, which is not rotated: then there are none.
+    """
+    first, count = joint.image.start, joint.image.length
+    begin = min(max(start, first), start + x.shape[1])
+    end = max(begin, min(start + x.shape[1], first + count))
+    return slice(begin - first, end - first), x[:, begin - start : end - start]
 
 
 def _tables(freqs: Tensor) -> Tables:

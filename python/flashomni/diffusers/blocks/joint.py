@@ -38,8 +38,9 @@ class JointBlocks(Blocks):
     """The processor does everything around the attention: it is called as (attention, hidden_states,
     encoder_hidden_states, .. masks and RoPE by name) and returns (image, text).
 
-    feed_forward: names of the FeedForward modules in a block, of the image and of the text; or of the one
-    that takes both. A block may be without the text's out and feed-forward (the last: nobody reads its text).
+    feed_forward: names of the FeedForward modules in a block, of the image and of the text (the same one
+    twice, if it takes the image and then the text); or of the one that takes both at once. A block may be
+    without the text's out and feed-forward (the last: nobody reads its text).
     """
 
     image: Projections
@@ -51,7 +52,7 @@ class JointBlocks(Blocks):
     def find_fallbacks(self, layer: Layer) -> None:
         layer.look_at(self.image)
         layer.look_at(self.text)
-        for name in self.feed_forward:
+        for name in dict.fromkeys(self.feed_forward):
             layer.look(layer.block, name, why_not_fused)
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
