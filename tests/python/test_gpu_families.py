@@ -11,6 +11,7 @@ from family_checks import config, denoise, error
 from test_family_aura_flow import case as aura_flow
 from test_family_cogvideox import consisid
 from test_family_cogview4 import case as cogview4
+from test_family_cosmos import case as cosmos
 from test_family_flux2 import passes as flux2_passes
 from test_family_flux2 import pipeline as flux2_pipeline
 from test_family_hunyuan_video import pipeline as hunyuan_pipeline
@@ -19,8 +20,13 @@ import flashomni
 
 pytestmark = pytest.mark.gpu
 
-MODELS = {"aura_flow": aura_flow, "cogview4": cogview4, "consisid": consisid}  # each: (model, x, inputs)
-CAPTURED = ("consisid",)  # the others' own code waits for the host
+MODELS = {  # each: (model, x, inputs)
+    "aura_flow": aura_flow,
+    "cogview4": cogview4,
+    "consisid": consisid,
+    "cosmos": cosmos,
+}
+CAPTURED = ("consisid", "cosmos")  # the others make tensors on the host in every call
 
 
 def put(given, dtype: torch.dtype):

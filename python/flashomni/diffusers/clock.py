@@ -17,19 +17,25 @@ class SchedulerClock:
     def __init__(self, scheduler: Any):
         self.scheduler, self.engines = scheduler, []
         self._saved = {name: scheduler.__dict__.get(name) for name in ("set_timesteps", "step")}
+        self._done: int | None = None  # the scheduler's index of the step that ended last
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
         @functools.wraps(set_timesteps)
         def wrapped_set_timesteps(*args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
+            self._done = None
             for engine in self.engines:
                 engine.begin_when_called(self._num_steps)
             return result
 
         @functools.wraps(step)
         def wrapped_step(*args: Any, **kwargs: Any) -> Any:
+            # Cosmos calls step() twice a denoising step and sets its index back in between.
+            again = self._done is not None and self._index() == self._done
             result = step(*args, **kwargs)
-            for engine in self.engines:
+            index = self._index()
+            self._done = index - 1 if index is not None else None
+            for engine in self.engines if not again else ():
                 engine.step()
             return result
 
@@ -40,6 +46,10 @@ class SchedulerClock:
     def _num_steps(self) -> int:
         # Image-to-image pipelines set the timesteps of a whole run and begin in its middle.
         return len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
+
+    def _index(self) -> int | None:
+        """Of the step to come; None where the scheduler does not count, or not yet."""
+        return getattr(self.scheduler, "step_index", None)
 
     def _plain_copy(self, memo: dict) -> Any:
         """A deep copy, as LTX-2's pipelines make one for their sound, drives nobody: ours stays behind."""
