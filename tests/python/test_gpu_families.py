@@ -15,6 +15,7 @@ from test_family_cosmos import case as cosmos
 from test_family_flux2 import passes as flux2_passes
 from test_family_flux2 import pipeline as flux2_pipeline
 from test_family_hunyuan_video import pipeline as hunyuan_pipeline
+from test_family_lumina2 import case as lumina2
 
 import flashomni
 
@@ -25,8 +26,9 @@ MODELS = {  # each: (model, x, inputs)
     "cogview4": cogview4,
     "consisid": consisid,
     "cosmos": cosmos,
+    "lumina2": lumina2,
 }
-CAPTURED = ("consisid", "cosmos")  # the others make tensors on the host in every call
+CAPTURED = ("consisid", "cosmos")  # the others make or read tensors on the host in every call
 
 
 def put(given, dtype: torch.dtype):

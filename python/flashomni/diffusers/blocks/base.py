@@ -30,6 +30,7 @@ class Projections:
     after_out: str | None = None  # applied to out's result (dropout)
     across_heads: bool = False  # norm_q and norm_k are over all heads at once, before the split
     other_norms: bool = False  # they are no RMS norms: always called as modules, on all rows
+    grouped: bool = False  # k and v have fewer heads than q, each for several of q's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,18 +154,38 @@ def optional_part(module: nn.Module, path: str) -> Any:
     return part(owner, name) if hasattr(owner, name) or name.isdigit() else None
 
 
+@dataclass(frozen=True)
+class RepeatedHeads:
+    """A projection to fewer heads than there are queries': each of them as often as it is used."""
+
+    module: nn.Module
+    head_dim: int
+    times: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        heads = self.module(x).unflatten(-1, (-1, self.head_dim))
+        return heads.repeat_interleave(self.times, dim=-2).flatten(-2)
+
+
 def stream_of(attention: nn.Module, names: Projections, x: Tensor, start: int) -> Stream:
     """Rows start .. of the joint sequence, with the modules that make q, k and v of them."""
 
     def norm(name: str | None) -> nn.Module | None:
         return part(attention, name) if name is not None else None
 
+    k, v = part(attention, names.k), part(attention, names.v)
+    if names.grouped:
+        head_dim, times = (
+            attention.inner_dim // attention.heads,
+            attention.inner_dim // attention.inner_kv_dim,
+        )
+        k, v = RepeatedHeads(k, head_dim, times), RepeatedHeads(v, head_dim, times)
     return Stream(
         x,
         start,
         part(attention, names.q),
-        part(attention, names.k),
-        part(attention, names.v),
+        k,
+        v,
         norm(names.norm_q),
         norm(names.norm_k),
         names.across_heads,

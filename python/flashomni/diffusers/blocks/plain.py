@@ -108,6 +108,8 @@ class PlainProcessor(Processor):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *by_position, **named
             )
+        if encoder_hidden_states is hidden_states:  # as Lumina names what is attended to
+            encoder_hidden_states = None
         if torch.compiler.is_compiling():
             given = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
             given |= {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb, **named}
