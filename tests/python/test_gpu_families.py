@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from family_checks import config, denoise, error
+from test_family_allegro import case as allegro
 from test_family_aura_flow import case as aura_flow
 from test_family_cogvideox import consisid
 from test_family_cogview4 import case as cogview4
@@ -22,13 +23,14 @@ import flashomni
 pytestmark = pytest.mark.gpu
 
 MODELS = {  # each: (model, x, inputs)
+    "allegro": allegro,
     "aura_flow": aura_flow,
     "cogview4": cogview4,
     "consisid": consisid,
     "cosmos": cosmos,
     "lumina2": lumina2,
 }
-CAPTURED = ("consisid", "cosmos")  # the others make or read tensors on the host in every call
+CAPTURED = ("allegro", "consisid", "cosmos")  # the others make or read tensors on the host in every call
 
 
 def put(given, dtype: torch.dtype):

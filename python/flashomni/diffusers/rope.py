@@ -110,12 +110,32 @@ def image_halves(rope: Tables, joint: Joint) -> Rotation:
         rows, image = _image_rows(x, start, joint)
         if x.device not in tables:
             tables[x.device] = tuple(table.to(x.device, torch.float32) for table in rope)
-        cos, sin = (table[rows].unsqueeze(1) for table in tables[x.device])
-        wide = image.float()
-        first, second = wide.chunk(2, dim=-1)
-        image.copy_(wide * cos + torch.cat([-second, first], dim=-1) * sin)
+        _rotate_halves(image, *(table[rows] for table in tables[x.device]))
 
     return rotate
+
+
+def axis_halves(rope: tuple[tuple[Tables, ...], tuple[Tensor, ...]], joint: Joint) -> Rotation:
+    """As Allegro has it, without text: of time, height and width (cos, sin) [positions, D / 3]; and every
+    token's positions [1, tokens] along them. Pairs are of the two halves of a third of a head."""
+    cos, sin = (
+        torch.cat([table[where[0]] for table, where in zip(each, rope[1], strict=True)], dim=-1).float()
+        for each in zip(*rope[0], strict=True)
+    )
+
+    def rotate(x: Tensor, start: int) -> None:
+        rows = slice(start, start + x.shape[1])
+        _rotate_halves(x, cos[rows], sin[rows], parts=len(rope[1]))
+
+    return rotate
+
+
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, parts: int = 1) -> None:
+    """x [B, M, H, D] in place, by tables [M, D]: pairs of the two halves of each of a head's `parts`."""
+    wide = x.float()
+    first, second = wide.unflatten(-1, (parts, 2, -1)).unbind(-2)
+    turned = torch.stack([-second, first], dim=-2).flatten(-3)
+    x.copy_(wide * cos.unsqueeze(1) + turned * sin.unsqueeze(1))
 
 
 def _image_rows(x: Tensor, start: int, joint: Joint) -> tuple[slice, Tensor]:

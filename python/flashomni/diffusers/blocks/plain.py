@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,11 @@ class PlainBlocks(Blocks):
 class PlainProcessor(Processor):
     """Attention processor of such a block. What it is given under a name of RoPE's, spec.rope understands."""
 
+    def __init__(self, call: Call, layer: Layer, original: Any):
+        super().__init__(call, layer, original)
+        # LTX-2 has another name for it, and Allegro another place.
+        self.rope_by_name = "image_rotary_emb" in inspect.signature(original.__call__).parameters
+
     def __call__(
         self,
         attn: nn.Module,
@@ -102,8 +108,12 @@ class PlainProcessor(Processor):
         freqs_cis: Any = None,
     ) -> Tensor:
         named = {"rotary_emb": rotary_emb, "freqs_cis": freqs_cis}
+        by_position = ()
+        if self.rope_by_name:
+            named["image_rotary_emb"] = image_rotary_emb
+        elif image_rotary_emb is not None:
+            by_position = (image_rotary_emb,)
         named = {name: rope for name, rope in named.items() if rope is not None}
-        by_position = () if image_rotary_emb is None else (image_rotary_emb,)
         if not self.engine.enabled:
             return self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *by_position, **named

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flashomni.diffusers.families import (
+    allegro,
     aura_flow,
     chroma,
     cogvideox,
@@ -39,6 +40,7 @@ def register_family(family: Family) -> None:
 
 
 for _module in (
+    allegro,
     aura_flow,
     chroma,
     cogvideox,
