@@ -1,4 +1,4 @@
-"""PixArt and DiT: self-attention over the image, head_dim 72, cross-attention left alone."""
+"""PixArt, DiT and Latte: self-attention over an image or a frame, head_dim 72, cross-attention left alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    LattePipeline,
+    LatteTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
 )
-from family_checks import check_nothing_reused_is_dense, check_sparse_runs, config, error, lively, quiet
+from family_checks import (
+    check_nothing_reused_is_dense,
+    check_sparse_runs,
+    config,
+    error,
+    lively,
+    quiet,
+)
 
 import flashomni
 
@@ -83,6 +92,60 @@ def draw_classes(pipe, steps: int) -> torch.Tensor:
     return pipe(class_labels=[3, 7], **options).images
 
 
+def latte_transformer(out_channels: int = 8) -> LatteTransformer3DModel:
+    torch.manual_seed(0)
+    model = LatteTransformer3DModel(
+        **SHAPE,
+        out_channels=out_channels,
+        patch_size=2,
+        cross_attention_dim=144,
+        sample_size=28,
+        caption_channels=16,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        attention_bias=True,
+        video_length=3,
+    )
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            block.scale_shift_table.mul_(8)
+    return lively(model)
+
+
+def latte() -> LattePipeline:
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
+    return quiet(LattePipeline(transformer=latte_transformer(), scheduler=DDIMScheduler(), **parts))
+
+
+def latte_case() -> tuple[torch.nn.Module, torch.Tensor, dict]:
+    """(model, x, inputs): two videos of 3 frames of 12 x 14 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = {"encoder_hidden_states": torch.randn(2, 20, 16, generator=generator)}
+    return latte_transformer(out_channels=4), torch.randn(2, 4, 3, 24, 28, generator=generator), inputs
+
+
+def draw_video(pipe, steps: int, batch: int = 1, guided: bool = False, **options) -> torch.Tensor:
+    """3 frames of 12 x 14 tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    inputs = {
+        "prompt_embeds": noise(batch, 20, 16),
+        "latents": noise(batch, 4, 3, 24, 28),
+        "negative_prompt": None,
+        "mask_feature": False,  # its mask is the tokenizer's
+    }
+    if guided:
+        inputs["negative_prompt_embeds"] = noise(batch, 20, 16)
+    sizes = {"height": 192, "width": 224, "video_length": 3, "num_inference_steps": steps}
+    scale = 3.0 if guided else 1.0
+    return pipe(**inputs, **sizes, **options, guidance_scale=scale, output_type="latent").frames
+
+
 @pytest.mark.parametrize("valid", [(20,), (13, 6)], ids=str)
 def test_nothing_reused_is_dense(valid: tuple[int, ...]) -> None:
     check_nothing_reused_is_dense(pixart(), lambda pipe, steps: draw(pipe, steps, valid))
@@ -100,6 +163,39 @@ def test_guidance_in_one_batch() -> None:
 def test_classes() -> None:
     check_nothing_reused_is_dense(dit(), draw_classes)
     check_sparse_runs(dit(), draw_classes)
+
+
+@pytest.mark.parametrize("over_time", [True, False])
+def test_videos(over_time: bool) -> None:
+    """Blocks over a frame are ours, those over time between them are the model's own."""
+
+    def run(pipe, steps: int) -> torch.Tensor:
+        return draw_video(pipe, steps, enable_temporal_attentions=over_time)
+
+    check_nothing_reused_is_dense(latte(), run)
+    stats = check_sparse_runs(latte(), run)
+    shapes = {(layer, s.batch, s.q_tokens) for (_, layer), s in stats.symbols.items()}
+    assert shapes == {(0, 3, 168), (1, 3, 168)}
+
+
+def test_guidance_of_videos() -> None:
+    def run(pipe, steps: int) -> torch.Tensor:
+        return draw_video(pipe, steps, batch=2, guided=True)
+
+    pipe = latte()
+    check_nothing_reused_is_dense(pipe, run)
+    assert check_sparse_runs(pipe, run).passes == 8
+
+
+def test_videos_follow() -> None:
+    pipe = latte()
+    want = draw_video(pipe, 8)
+    settings = config(policy="drift", tau_q=0.3, tau_kv=0.0, ramp_power=0, mlp="follow", strict=True)
+    said = flashomni.memory(settings, pipe, image_tokens=168, text_tokens=20, batch=3)
+    flashomni.enable(pipe, settings)
+    assert 1e-5 < error(draw_video(pipe, 8), want) < 0.5
+    stats = flashomni.stats(pipe)
+    assert stats.cache_density < 1 and stats.bytes_held == said.by_kind
 
 
 def test_drift_lets_gemm_q_skip() -> None:
@@ -132,7 +228,7 @@ def test_what_processors_cannot_do_is_refused() -> None:
         assert model(x, **inputs)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("make", [pixart, dit])
+@pytest.mark.parametrize("make", [pixart, dit, latte])
 def test_explain(make) -> None:
     answer = flashomni.explain(make(), "balanced")
     assert all((r.attention, r.gemm_q, r.gemm_o) == ("sparse",) * 3 and not r.notes for r in answer.rows)

@@ -17,6 +17,7 @@ from test_family_flux2 import passes as flux2_passes
 from test_family_flux2 import pipeline as flux2_pipeline
 from test_family_hunyuan_video import pipeline as hunyuan_pipeline
 from test_family_lumina2 import case as lumina2
+from test_family_pixart import latte_case
 
 import flashomni
 
@@ -28,6 +29,7 @@ MODELS = {  # each: (model, x, inputs)
     "cogview4": cogview4,
     "consisid": consisid,
     "cosmos": cosmos,
+    "latte": latte_case,
     "lumina2": lumina2,
 }
 CAPTURED = ("allegro", "consisid", "cosmos")  # the others make or read tensors on the host in every call

@@ -1,4 +1,4 @@
-"""PixArt-Alpha and -Sigma, and DiT: self-attention over the image, with a head_dim of 72."""
+"""PixArt-Alpha and -Sigma, DiT, Latte: self-attention over an image or a frame, with a head_dim of 72."""
 
 from __future__ import annotations
 
@@ -36,4 +36,14 @@ DIT = Family(
     presets=_PRESETS,
     notes=(TEXTLESS,),
 )
-FAMILIES = (PIXART, DIT)
+LATTE = Family(
+    models=("LatteTransformer3DModel",),
+    blocks=(_BLOCKS,),
+    presets=_PRESETS,
+    notes=(
+        TEXTLESS,
+        CROSS_DENSE,
+        "Every frame is an element of the batch. Outside of FlashOmni: the blocks over time.",
+    ),
+)
+FAMILIES = (PIXART, DIT, LATTE)
