@@ -16,7 +16,7 @@ from torch import nn
 import flashomni
 from flashomni import Config
 from flashomni.engine.kept import forecast
-from flashomni.policies import RandomPolicy
+from flashomni.policies import Policy, RandomPolicy
 
 # Dense against dense in float32: another order of summation in a few layers, fed back through the steps.
 ROUNDING = 2e-5
@@ -166,3 +166,41 @@ def check_forecast_rows(
                 new.append((new[-1] - old) / (index - recorded))
             differences, recorded = new[: order + 1], index
     assert dispatches == 4
+
+
+class OddRows(Policy):
+    """Caches every second row block, in all heads."""
+
+    def select(self, step, layout, stats, state, choice) -> None:
+        s = choice.symbols
+        cache = torch.ones(layout.batch, layout.heads, s.q_blocks, dtype=torch.bool)
+        cache[:, :, 1::2] = False
+        choice.write(cache, torch.ones(*cache.shape, s.kv_blocks, dtype=torch.bool))
+
+
+def check_cross_attention_follows(
+    pipe, run: Run, cross: nn.Module, order: int, cache_dtype: str = "model"
+) -> None:
+    """Cached rows are forecast from the model's own results at recorded steps, the others computed anew.
+
+    cross: the cross-attention of the first layer.
+    """
+    settings = {"cross_attention": "follow", "max_order": order, "cache_dtype": cache_dtype}
+    engine = flashomni.enable(pipe, config(disable_cache_before_step=3, **settings), policy=OddRows())
+    ours, steps = cross.processor, []
+    own = type(ours.original)()
+
+    def watched(*args, **kwargs) -> torch.Tensor:
+        out = ours(*args, **kwargs)
+        steps.append((engine.plan, own(*args, **kwargs).double(), out.double()))
+        return out
+
+    cross.processor = watched
+    run(pipe, 11)
+    cache, _ = engine.contexts.get(engine.context, 0).symbols.masks()
+    active = cache.any(1)[:, torch.arange(steps[0][1].shape[1]) // 64].unsqueeze(-1)
+    assert 0 < int(active.sum()) < active.numel()
+    for plan, exact, out in steps:
+        if plan.kind != "dispatch":
+            torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+    check_forecast_rows(steps, active, order, 1e-5 if cache_dtype == "model" else 0.1)

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from flashomni import SparseSymbols, ops
 from flashomni.engine.linear import (
+    FloatNorm,
     LinearRows,
     add_product,
     dense_linear,
@@ -108,6 +109,21 @@ def rms(x: torch.Tensor, norm: nn.Module, across_heads: bool) -> torch.Tensor:
     rows = x.double().flatten(2) if across_heads else x.double()
     rows = rows / torch.sqrt(rows.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
     return rows.view(x.shape)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_norms_that_are_given_float32(hooked: bool) -> None:
+    """An eps that they leave open is float32's: bfloat16's is as large as the squares of these queries."""
+    norm, x = nn.RMSNorm(64), (torch.randn(2, 5, 3, 64) / 16).bfloat16()
+    nn.init.uniform_(norm.weight, 1.0, 2.0)
+    norm = norm.bfloat16()
+    if hooked:
+        norm.register_forward_hook(lambda module, args, out: None)
+    want = nn.functional.normalize(x.double(), dim=-1) * 8 * norm.weight.double()
+    with torch.no_grad():
+        norm_and_rope(FloatNorm(norm), x, None)
+    torch.testing.assert_close(x.double(), want, rtol=2**-7, atol=1e-3)
+    assert (why_no_norm(FloatNorm(norm), x.dtype) is not None) == hooked
 
 
 def random_norm(width: int, eps: float) -> nn.RMSNorm:

@@ -17,7 +17,8 @@ from diffusers import (
 )
 from family_checks import (
     ROUNDING,
-    check_forecast_rows,
+    OddRows,
+    check_cross_attention_follows,
     check_nothing_reused_is_dense,
     check_rows_left_out,
     check_sparse_runs,
@@ -31,7 +32,7 @@ import flashomni
 from flashomni import ops
 from flashomni.diffusers.api import transformers_of
 from flashomni.engine.state import Summary
-from flashomni.policies import Choice, Policy, RandomPolicy
+from flashomni.policies import Choice, RandomPolicy
 
 
 def transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
@@ -287,40 +288,10 @@ class Sizes(NamedTuple):
     heads: int
 
 
-class OddRows(Policy):
-    """Caches every second row block, in all heads."""
-
-    def select(self, step, layout, stats, state, choice) -> None:
-        s = choice.symbols
-        cache = torch.ones(layout.batch, layout.heads, s.q_blocks, dtype=torch.bool)
-        cache[:, :, 1::2] = False
-        choice.write(cache, torch.ones(*cache.shape, s.kv_blocks, dtype=torch.bool))
-
-
 @pytest.mark.parametrize("order, cache_dtype", [(0, "model"), (1, "model"), (2, "model"), (1, "float8_e4m3")])
 def test_cross_attention_follows(order: int, cache_dtype: str) -> None:
-    """Cached rows are forecast from the model's own results at recorded steps, the others computed anew."""
     pipe = pipeline()
-    settings = {"cross_attention": "follow", "max_order": order, "cache_dtype": cache_dtype}
-    engine = flashomni.enable(pipe, config(disable_cache_before_step=3, **settings), policy=OddRows())
-    module, steps = pipe.transformer.blocks[0].attn2, []
-    ours, own = module.processor, type(module.processor.original)()
-
-    def watched(attn, x, text, *given) -> torch.Tensor:
-        out = ours(attn, x, text, *given)
-        steps.append((engine.plan, own(attn, x, text, *given).double(), out.double()))
-        return out
-
-    module.processor = watched
-    draw(pipe, 11)
-    cache, _ = engine.contexts.get(engine.context, 0).symbols.masks()
-    active = cache.any(1)[:, torch.arange(steps[0][1].shape[1]) // 64].unsqueeze(-1)
-    assert 0 < int(active.sum()) < active.numel()
-    tolerance = 1e-5 if cache_dtype == "model" else 0.1
-    for plan, exact, out in steps:
-        if plan.kind != "dispatch":
-            torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
-    check_forecast_rows(steps, active, order, tolerance)
+    check_cross_attention_follows(pipe, draw, pipe.transformer.blocks[0].attn2, order, cache_dtype)
 
 
 def test_cross_attention_follows_in_all_runs() -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flashomni.engine import norm_and_rope
+
 if TYPE_CHECKING:
     from flashomni.diffusers.call import Joint
 
@@ -71,6 +73,13 @@ def head_tables(rope: Tables, joint: Joint) -> Rotation:
     return rotate
 
 
+def pair_matrices(rope: Tensor, joint: Joint) -> Tables:
+    """[B, tokens, 1, D / 2, 2, 2] of a sequence without text, as Kandinsky 5 has it: a rotation a pair, the
+    same for all elements."""
+    of_pairs = rope[0, :, 0].float()
+    return tuple(of_pairs[..., row, 0].repeat_interleave(2, -1) for row in (0, 1))
+
+
 def complex_streams(rope: tuple[Tensor, Tensor], joint: Joint) -> Tables:
     """Complex [tokens, D / 2] of the image and of the text."""
     of_image, of_text = map(_tables, rope)
@@ -111,6 +120,17 @@ def image_halves(rope: Tables, joint: Joint) -> Rotation:
         if x.device not in tables:
             tables[x.device] = tuple(table.to(x.device, torch.float32) for table in rope)
         _rotate_halves(image, *(table[rows] for table in tables[x.device]))
+
+    return rotate
+
+
+def rounded(rope: Tables | Rotation, dtype: torch.dtype) -> Rotation:
+    """The same rotation, done in float32 and rounded to `dtype`, whatever type x is of."""
+
+    def rotate(x: Tensor, start: int) -> None:
+        wide = x.float()
+        norm_and_rope(None, wide, rope, row_offset=start)
+        x.copy_(wide.to(dtype))
 
     return rotate
 

@@ -4,6 +4,7 @@ from flashomni.engine.engine import Engine
 from flashomni.engine.follow import follow
 from flashomni.engine.layer import Attention, Output, Stream
 from flashomni.engine.linear import (
+    FloatNorm,
     LinearRows,
     apply_linear,
     linear_tiles,
@@ -17,6 +18,7 @@ from flashomni.engine.stats import RunStats
 __all__ = [
     "Attention",
     "Engine",
+    "FloatNorm",
     "LinearRows",
     "Output",
     "RunStats",

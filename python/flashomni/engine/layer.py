@@ -13,6 +13,7 @@ from flashomni import ops
 from flashomni.engine.follow import follow
 from flashomni.engine.kept import Kept, differences, forecast, unit, update
 from flashomni.engine.linear import (
+    Norm,
     add_product,
     apply_linear,
     linear_tiles,
@@ -39,8 +40,8 @@ class Stream:
     q: nn.Module
     k: nn.Module
     v: nn.Module
-    norm_q: nn.Module | None = None
-    norm_k: nn.Module | None = None
+    norm_q: Norm | None = None
+    norm_k: Norm | None = None
     across_heads: bool = False
 
 

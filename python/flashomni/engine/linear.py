@@ -146,8 +146,31 @@ def apply_linear(
     out.copy_(y)
 
 
-def why_no_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
-    """None if norm_rope can do `module` (an RMS norm over one head or all, or no norm); else why not."""
+@dataclass(frozen=True)
+class FloatNorm:
+    """A norm that is given float32 whatever the model's type; its result is rounded to that."""
+
+    module: nn.Module
+
+    @property
+    def eps(self) -> float:
+        eps = self.module.eps
+        return eps if eps is not None else torch.finfo(torch.float32).eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x.float()).to(x.dtype)
+
+
+Norm = nn.Module | FloatNorm
+
+
+def _module_of(norm: Norm | None) -> nn.Module | None:
+    return norm.module if isinstance(norm, FloatNorm) else norm
+
+
+def why_no_norm(norm: Norm | None, dtype: torch.dtype) -> str | None:
+    """None if norm_rope can do `norm` (an RMS norm over one head or all, or no norm); else why not."""
+    module = _module_of(norm)
     if module is None:
         return None
     if type(module).__name__ != "RMSNorm" or not type(module).__module__.startswith(
@@ -162,25 +185,22 @@ def why_no_norm(module: nn.Module | None, dtype: torch.dtype) -> str | None:
     return None if untouched(module) else "has hooks on its forward"
 
 
-def norm_weight(
-    module: nn.Module | None, x: Tensor, *, across_heads: bool = False
-) -> tuple[Tensor | None, float]:
+def norm_weight(norm: Norm | None, x: Tensor, *, across_heads: bool = False) -> tuple[Tensor | None, float]:
     """Weight and eps of a norm that norm_rope can do; (None, 1e-6) without one.
 
     Other modules are called on x [B, M, H, D], in place: across_heads, as [B, M, H * D]."""
-    if module is None:
+    if norm is None:
         return None, 1e-6
-    weight = _attribute(module, "weight")
+    weight = _attribute(_module_of(norm), "weight")
     width = x.shape[2] * x.shape[3] if across_heads else x.shape[3]
-    if why_no_norm(module, x.dtype) is not None or weight.shape != (width,):  # which the module then says
-        x.copy_(module(x.flatten(2)).unflatten(2, x.shape[2:]) if across_heads else module(x))
+    if why_no_norm(norm, x.dtype) is not None or weight.shape != (width,):  # which the module then says
+        x.copy_(norm(x.flatten(2)).unflatten(2, x.shape[2:]) if across_heads else norm(x))
         return None, 1e-6
-    eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
-    return weight, eps
+    return weight, norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
 
 
 def norm_and_rope(
-    norm: nn.Module | None,
+    norm: Norm | None,
     x: Tensor,
     rope: Rope,
     symbols: SparseSymbols | None = None,
@@ -198,7 +218,7 @@ def norm_and_rope(
 
 
 def norm_and_rope_pair(
-    norms: tuple[nn.Module | None, nn.Module | None],
+    norms: tuple[Norm | None, Norm | None],
     q: Tensor,
     k: Tensor,
     rope: Rope,

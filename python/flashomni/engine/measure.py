@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni import ops
-from flashomni.engine.linear import Rope, norm_and_rope, norm_weight
+from flashomni.engine.linear import Norm, Rope, norm_and_rope, norm_weight
 from flashomni.policies import Stats
 from flashomni.symbols import SparseSymbols
 
@@ -28,7 +28,7 @@ class BlockMeasure:
         self._complete = True
 
     def norm_and_rope(
-        self, norm: nn.Module | None, start: int, rows: int, rope: Rope, *, across_heads: bool
+        self, norm: Norm | None, start: int, rows: int, rope: Rope, *, across_heads: bool
     ) -> None:
         """As engine.linear's, on rows start .. start + rows."""
         x, end, block = self.x[:, start : start + rows], start + rows, self.block
@@ -67,7 +67,7 @@ class Measures:
         self.k = BlockMeasure(k, symbols.block_kv, similar) if similar or "k_mean" in needs else None
 
     def norm_and_rope(self, norms: tuple, start: int, rows: int, rope: Rope, *, across_heads: bool) -> None:
-        """norms: the modules of q and of k, each may be None."""
+        """norms: those of q and of k, each may be None."""
         for x, measure, norm in zip(self.x, (self.q, self.k), norms, strict=True):
             if measure is not None:
                 measure.norm_and_rope(norm, start, rows, rope, across_heads=across_heads)

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashomni.diffusers.blocks.compiled import InGraph
+from flashomni.diffusers.blocks.makes import feed_forward_layers
 from flashomni.diffusers.call import Call, Joint
-from flashomni.engine import Stream, why_no_norm, why_not_plain
+from flashomni.diffusers.rope import rounded
+from flashomni.engine import FloatNorm, Stream, why_no_norm, why_not_plain
 from flashomni.engine.memory import LayerShape
 
 Restore = Callable[[], None]
@@ -31,6 +34,7 @@ class Projections:
     across_heads: bool = False  # norm_q and norm_k are over all heads at once, before the split
     other_norms: bool = False  # they are no RMS norms: always called as modules, on all rows
     grouped: bool = False  # k and v have fewer heads than q, each for several of q's
+    float_norms: bool = False  # they are given float32: an eps that they leave open is float32's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +42,27 @@ class Blocks:
     """A shape of block. Subclasses describe the rest and bring the code that stands in for the model's own.
 
     path: of the ModuleList in the model. block: class name of the blocks there that this describes.
-    attention: name of the attention in a block. processor: class name of the processor that ours stands for.
-    feed_forward: names of the FeedForward modules in a block; the first can follow the attention
-    (Config.mlp). cross_attention: name of one of Wan's make after the attention, which can follow it too.
+    attention: name of the attention in a block. heads: what it calls the number of its heads. processor:
+    class name of the processor that ours stands for.
+    feed_forward: names of the feed-forwards in a block; the first can follow the attention (Config.mlp).
+    cross_attention: name of one after the attention, of the same class, which can follow it too.
     has_text: some of the tokens that attend to each other are text.
-    rope: form of what the block gets as RoPE (flashomni.diffusers.rope); None: no RoPE. mask: argument in
-    which the model passes the padding that the family's prepare() has dealt with; any other mask is refused.
+    rope: form of what the block gets as RoPE (flashomni.diffusers.rope); None: no RoPE. rotated: type that
+    rotated queries and keys are rounded to in models of every type; None: the model's own.
+    mask: argument in which the model passes the padding that the family's prepare() has dealt with; any other
+    mask is refused.
     """
 
     path: str
     block: str
     attention: str
     processor: str
+    heads: str = "heads"
     has_text: bool = True
     feed_forward: tuple[str, ...] = ()
     cross_attention: str | None = None
     rope: Callable | None = None
+    rotated: torch.dtype | None = None
     mask: str | None = None
 
     def streams(self) -> tuple[Projections, ...]:
@@ -107,14 +116,19 @@ class Layer:
 
     @property
     def heads(self) -> int:
-        return self.attention.heads
+        return getattr(self.attention, self.spec.heads)
 
     @property
     def head_dim(self) -> int:
         """Not every class of attention names it."""
         attention = self.attention
         known = getattr(attention, "head_dim", None)
-        return known if known is not None else attention.inner_dim // attention.heads
+        if known is not None:
+            return known
+        width = getattr(attention, "inner_dim", None)
+        if width is None:
+            width = part(attention, self.spec.streams()[0].q).out_features
+        return width // self.heads
 
     @property
     def width(self) -> int:
@@ -170,9 +184,6 @@ class RepeatedHeads:
 def stream_of(attention: nn.Module, names: Projections, x: Tensor, start: int) -> Stream:
     """Rows start .. of the joint sequence, with the modules that make q, k and v of them."""
 
-    def norm(name: str | None) -> nn.Module | None:
-        return part(attention, name) if name is not None else None
-
     k, v = part(attention, names.k), part(attention, names.v)
     if names.grouped:
         head_dim, times = (
@@ -186,19 +197,39 @@ def stream_of(attention: nn.Module, names: Projections, x: Tensor, start: int) -
         part(attention, names.q),
         k,
         v,
-        norm(names.norm_q),
-        norm(names.norm_k),
+        norm_of(attention, names, names.norm_q),
+        norm_of(attention, names, names.norm_k),
         names.across_heads,
     )
 
 
-def rope_of(call: Call, spec: Blocks, rope: Any, joint: Joint) -> Any:
-    """What the form makes of it, once a pass."""
+def norm_of(attention: nn.Module, names: Projections, name: str | None) -> nn.Module | FloatNorm | None:
+    """The norm of queries or keys of that name, as it is called; None without one."""
+    if name is None:
+        return None
+    norm = part(attention, name)
+    return FloatNorm(norm) if names.float_norms else norm
+
+
+def rope_of(call: Call, spec: Blocks, rope: Any, joint: Joint, dtype: torch.dtype) -> Any:
+    """What the form makes of it for queries and keys of `dtype`, once a pass."""
     if rope is None or spec.rope is None:
         return None
-    form = spec.rope
-    # The pair keeps `rope` alive, so that no other takes its id within the pass.
-    return call.engine.once(("rope", id(rope), form, joint), lambda: (rope, form(rope, joint)))[1]
+    form, to = spec.rope, spec.rotated
+
+    def make() -> tuple[Any, Any]:
+        made = form(rope, joint)
+        return rope, made if to is None or to == dtype else rounded(made, to)
+
+    # Compiled blocks give each layer another object for the same tensor. The pair keeps `rope` alive, so that
+    # nothing else takes its id or its memory within the pass.
+    which = (rope.data_ptr(), rope.shape) if isinstance(rope, Tensor) else id(rope)
+    return call.engine.once(("rope", which, form, to, dtype, joint), make)[1]
+
+
+def given_of(**arguments: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def refuse_masks(spec: Blocks, layer: str, masks: dict[str, Tensor | None]) -> None:
@@ -217,9 +248,10 @@ def feed_forward_scratch(
     """The inner activations of feed-forwards that run as two products, by their rows."""
     found = []
     for name, count in zip(names, rows, strict=False):
-        if part(layer.block, name) is None or not _will_be_fused(layer, name):
-            continue
-        found.append((f"feed_forward {count}", count * part(layer.block, name).net[0].proj.out_features))
+        module = part(layer.block, name)
+        if module is not None and _will_be_fused(layer, name):
+            inner = feed_forward_layers(module).first.out_features
+            found.append((f"feed_forward {count}", count * inner))
     return found
 
 
@@ -238,11 +270,12 @@ def followers(layer: Layer, rows: int) -> dict[str, tuple[str, int, int]]:
     found = {}
     names = layer.spec.feed_forward[:1]
     if names and _will_be_fused(layer, names[0]):
-        features = part(layer.block, names[0]).net[2].out_features
+        features = feed_forward_layers(part(layer.block, names[0])).last.out_features
         found["mlp"] = ("feed_forward", rows, features)
     crosses = layer.spec.cross_attention is not None
     if crosses and (layer.cross_refusal is None or _is_for_weights(layer.cross_refusal)):
-        features = part(layer.block, f"{layer.spec.cross_attention}.to_out.0").out_features
+        out = f"{layer.spec.cross_attention}.{layer.spec.streams()[0].out}"
+        features = part(layer.block, out).out_features
         found["cross_attention"] = ("cross_attention", rows, features)
     return found
 

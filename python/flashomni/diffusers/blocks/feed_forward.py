@@ -1,4 +1,4 @@
-"""diffusers' FeedForward with a GELU as two dense products, the activation in the first."""
+"""A feed-forward with a GELU as two dense products, the activation in the first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from flashomni.diffusers.blocks.base import Layer
 from flashomni.diffusers.blocks.compiled import InGraph
+from flashomni.diffusers.blocks.makes import feed_forward_layers
 from flashomni.diffusers.call import Call
-from flashomni.engine import Engine, apply_linear, follow, linear_tiles, why_not_plain
+from flashomni.engine import Engine, apply_linear, follow, linear_tiles, untouched, why_not_plain
 from flashomni.policies import Segment
 from flashomni.symbols import SparseSymbols
 
@@ -42,7 +43,7 @@ def following_of(call: Call, layer: Layer, *, alone: bool) -> Following | None:
 
 
 class FusedFeedForward(InGraph):
-    """forward() of a diffusers FeedForward with a GELU."""
+    """forward() of a feed-forward of a known make (feed_forward_layers)."""
 
     flashomni = True
 
@@ -72,11 +73,12 @@ class FusedFeedForward(InGraph):
         self, x: Tensor, rows: SparseSymbols | None, out: Tensor | None, *, start: int = 0
     ) -> Tensor:
         """On the active row blocks; x begins at row `start` of the joint sequence."""
-        first, last = self.module.net[0], self.module.net[2]
-        inner = self.engine.buffers.take("feed_forward", (*x.shape[:2], first.proj.out_features), x)
+        layers = feed_forward_layers(self.module)
+        first, last = layers.first, layers.last
+        inner = self.engine.buffers.take("feed_forward", (*x.shape[:2], first.out_features), x)
         with self.engine.ledger("mlp"):
-            activation = "gelu_tanh" if first.approximate == "tanh" else "gelu"
-            apply_linear(first.proj, x, inner, rows, row_offset=start, activation=activation)
+            activation = "gelu_tanh" if layers.activation.approximate == "tanh" else "gelu"
+            apply_linear(first, x, inner, rows, row_offset=start, activation=activation)
             return linear_tiles(inner, last.weight, last.bias, rows, row_offset=start, out=out)
 
 
@@ -108,12 +110,12 @@ def fused_activation(module: nn.Module) -> str | None:
 
 
 def why_not_fused(module: nn.Module, dtype: torch.dtype) -> str | None:
-    """None if a FeedForward is Linear, GELU, Linear and nothing else that has an effect; else what it is."""
-    net = getattr(module, "net", ())
-    if type(module).__name__ != "FeedForward" or len(net) not in (3, 4) or type(net[0]).__name__ != "GELU":
+    """None if a feed-forward is Linear, GELU, Linear and nothing else that has an effect; else what it is."""
+    layers = feed_forward_layers(module)
+    if layers is None:
         return f"is {type(module).__name__} of another make than Linear, GELU, Linear"
-    if any(dropout.training and dropout.p > 0 for dropout in net[1::2]):
+    if any(dropout.training and dropout.p > 0 for dropout in layers.dropouts):
         return "has dropout in effect"
-    if net[0].__dict__.get("forward") is not None or net[0]._forward_hooks or net[0]._forward_pre_hooks:
+    if not untouched(layers.activation):
         return "has hooks on its activation"
-    return why_not_plain(net[0].proj, dtype) or why_not_plain(net[2], dtype)
+    return why_not_plain(layers.first, dtype) or why_not_plain(layers.last, dtype)

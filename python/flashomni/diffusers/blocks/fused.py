@@ -108,7 +108,7 @@ class FusedProcessor(Processor):
             outputs=[Output(after, 0, joint.tokens)],
             o=engine.buffers.take("o", (*x.shape[:2], layer.width), x),
             past=partial(self._mlp, mlp, hidden, x),
-            rope=rope_of(self.call, spec, image_rotary_emb, joint),
+            rope=rope_of(self.call, spec, image_rotary_emb, joint, x.dtype),
         )
         (out,) = engine.attend(attention)
         return out

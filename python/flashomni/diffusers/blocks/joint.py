@@ -17,6 +17,7 @@ from flashomni.diffusers.blocks.base import (
     Restore,
     feed_forward_scratch,
     followers,
+    given_of,
     keeps_o,
     optional_part,
     part,
@@ -117,7 +118,7 @@ class JointProcessor(Processor):
             "encoder_hidden_states_mask": encoder_hidden_states_mask,
         }
         if not self.engine.enabled:
-            given = {name: mask for name, mask in masks.items() if mask is not None}
+            given = given_of(**masks)
             return self.original(
                 attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb, **given
             )
@@ -151,7 +152,7 @@ class JointProcessor(Processor):
             o=self.engine.buffers.take(
                 "o", (hidden_states.shape[0], joint.tokens, layer.width), hidden_states
             ),
-            rope=rope_of(self.call, spec, image_rotary_emb, joint),
+            rope=rope_of(self.call, spec, image_rotary_emb, joint, hidden_states.dtype),
         )
         of_image, *of_text = self.engine.attend(attention)
         if spec.image.after_out is not None:

@@ -211,7 +211,7 @@ class ParallelForward(InGraph):
             outputs=[Output(part(block, spec.out), 0, joint.tokens)],
             o=engine.buffers.take("o", (*x.shape[:2], layer.width), x),
             past=partial(self._mlp, x),
-            rope=rope_of(self.call, spec, arguments.get("rope"), joint),
+            rope=rope_of(self.call, spec, arguments.get("rope"), joint, x.dtype),
         )
         return engine.attend(attention)[0]
 

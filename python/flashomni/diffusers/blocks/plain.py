@@ -17,6 +17,7 @@ from flashomni.diffusers.blocks.base import (
     Restore,
     feed_forward_scratch,
     followers,
+    given_of,
     keeps_o,
     part,
     put_processor,
@@ -36,7 +37,7 @@ class PlainBlocks(Blocks):
     """The processor does everything around the attention: it is called as (attention, hidden_states, .. masks
     and RoPE by name) and returns [B, tokens, C]. Call.text_tokens of the tokens are text.
 
-    feed_forward: name of the FeedForward module in a block, if it is one of diffusers' own with a GELU.
+    feed_forward: name of the feed-forward in a block, if it is of a known make (makes.py).
     """
 
     stream: Projections
@@ -49,8 +50,7 @@ class PlainBlocks(Blocks):
         for name in self.feed_forward:
             layer.look(layer.block, name, why_not_fused)
         if self.cross_attention is not None:
-            dtype = next(layer.attention.parameters()).dtype
-            layer.cross_refusal = why_no_cross_attention(part(layer.block, self.cross_attention), dtype)
+            layer.cross_refusal = why_no_cross_attention(layer, part(layer.block, self.cross_attention))
 
     def intercept(self, call: Call, layer: Layer) -> Restore:
         restores = [
@@ -90,7 +90,10 @@ class PlainBlocks(Blocks):
 
 
 class PlainProcessor(Processor):
-    """Attention processor of such a block. What it is given under a name of RoPE's, spec.rope understands."""
+    """Attention processor of such a block. What it is given under a name of RoPE's, spec.rope understands.
+
+    sparse_params: Kandinsky 5's own block mask; refused as all masks are.
+    """
 
     def __init__(self, call: Call, layer: Layer, original: Any):
         super().__init__(call, layer, original)
@@ -106,29 +109,26 @@ class PlainProcessor(Processor):
         image_rotary_emb: Any = None,
         rotary_emb: Any = None,
         freqs_cis: Any = None,
+        sparse_params: Any = None,
     ) -> Tensor:
-        named = {"rotary_emb": rotary_emb, "freqs_cis": freqs_cis}
-        by_position = ()
-        if self.rope_by_name:
-            named["image_rotary_emb"] = image_rotary_emb
-        elif image_rotary_emb is not None:
-            by_position = (image_rotary_emb,)
-        named = {name: rope for name, rope in named.items() if rope is not None}
+        ropes = given_of(image_rotary_emb=image_rotary_emb, rotary_emb=rotary_emb, freqs_cis=freqs_cis)
+        masks = given_of(attention_mask=attention_mask, sparse_params=sparse_params)
+        others = given_of(encoder_hidden_states=encoder_hidden_states) | masks | ropes
         if not self.engine.enabled:
-            return self.original(
-                attn, hidden_states, encoder_hidden_states, attention_mask, *by_position, **named
-            )
+            if image_rotary_emb is None or self.rope_by_name:
+                return self.original(attn, hidden_states, **others)
+            by_position = (encoder_hidden_states, attention_mask, *ropes.values())
+            return self.original(attn, hidden_states, *by_position)
         if encoder_hidden_states is hidden_states:  # as Lumina names what is attended to
             encoder_hidden_states = None
+            del others["encoder_hidden_states"]
         if torch.compiler.is_compiling():
-            given = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
-            given |= {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb, **named}
-            (out,) = self.trace(given, ["hidden_states"])
+            (out,) = self.trace({"hidden_states": hidden_states} | others, ["hidden_states"])
             return out
         layer, spec = self.layer, self.spec
         if encoder_hidden_states is not None:
             raise NotImplementedError(f"encoder_hidden_states: expected None in {layer.name}, got a tensor")
-        refuse_masks(spec, layer.name, {"attention_mask": attention_mask})
+        refuse_masks(spec, layer.name, masks)
         batch, tokens, _ = hidden_states.shape
         joint = self.call.lay_out_whole(tokens)
         attention = Attention(
@@ -141,7 +141,7 @@ class PlainProcessor(Processor):
             streams=[stream_of(attn, spec.stream, hidden_states, 0)],
             outputs=[Output(part(attn, spec.stream.out), 0, tokens)],
             o=self.engine.buffers.take("o", (batch, tokens, layer.width), hidden_states),
-            rope=rope_of(self.call, spec, next(iter((*by_position, *named.values())), None), joint),
+            rope=rope_of(self.call, spec, next(iter(ropes.values()), None), joint, hidden_states.dtype),
         )
         (out,) = self.engine.attend(attention)
         return part(attn, spec.stream.after_out)(out) if spec.stream.after_out is not None else out
