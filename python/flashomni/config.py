@@ -35,7 +35,7 @@ class Config:
     mlp: "dense", or "follow" (not in the paper): in a Dispatch step, rows that are cached in all heads of an
         attention have the feed-forward after it forecast too, or in parallel blocks the sum of attention and
         MLP. max_order + 1 more tensors are kept a layer.
-    cross_attention: "dense", or "follow": the same for a cross-attention after it, of Wan's make.
+    cross_attention: "dense", or "follow": the same for a cross-attention after it (Wan, Kandinsky 5).
     policy: name of the policy that chooses the symbols.
     dense_layers: indices of transformer layers that stay dense.
     protect_conditions: tokens of pictures that are given (to edit) are never cached nor skipped, as text is.

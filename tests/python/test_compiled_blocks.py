@@ -124,6 +124,7 @@ OTHERS = {
     "chroma": {},
     "flux2": {},
     "hunyuan_video": {},
+    "kandinsky5": {},
     "ltx": {},
     "qwen_image": {},
     "wan": {},

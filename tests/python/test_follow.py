@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import test_family_cogvideox as cogvideox
+import test_family_kandinsky5 as kandinsky5
 import test_family_pixart as pixart
 import test_family_sd3 as sd3
 import torch
@@ -15,12 +16,13 @@ from graph_stand_in import StandIn
 import flashomni
 from flashomni.policies import Policy, protect
 
-# (pipeline, draw, the feed-forward, where its rows begin in the joint sequence)
+# (pipeline, draw, a feed-forward, where its rows begin in the joint sequence)
 MODELS = {
-    "text first": (tiny_pipeline, draw_flux, "ff", 16),
-    "text last": (sd3.pipeline, sd3.draw, "ff", 0),
-    "one for both": (cogvideox.pipeline, cogvideox.draw, "ff", 0),
-    "no text": (pixart.pixart, pixart.draw, "ff", 0),
+    "text first": (tiny_pipeline, draw_flux, "transformer_blocks.0.ff", 16),
+    "text last": (sd3.pipeline, sd3.draw, "transformer_blocks.0.ff", 0),
+    "one for both": (cogvideox.pipeline, cogvideox.draw, "transformer_blocks.0.ff", 0),
+    "no text": (pixart.pixart, pixart.draw, "transformer_blocks.0.ff", 0),
+    "of another make": (kandinsky5.pipeline, kandinsky5.draw, "visual_transformer_blocks.0.feed_forward", 0),
 }
 
 
@@ -60,7 +62,7 @@ def test_cached_rows_are_forecast_and_others_computed(name: str, order: int, cac
     pipe = make()
     settings = {"max_order": order, "mlp": "follow", "cache_dtype": cache_dtype}
     engine = flashomni.enable(pipe, config(disable_cache_before_step=3, **settings), policy=OddRows())
-    module = getattr(pipe.transformer.transformer_blocks[0], feed_forward)
+    module = pipe.transformer.get_submodule(feed_forward)
     ours, steps = module.forward, []
 
     def watched(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -94,7 +96,7 @@ def test_rows_that_are_computed_are_not_forecast(name: str, cache_dtype: str, mo
 
 
 def test_memory() -> None:
-    for name in ("text last", "one for both", "no text"):
+    for name in ("text last", "one for both", "no text", "of another make"):
         make, draw, _, _ = MODELS[name]
         for cache_dtype in ("model", "float8_e4m3"):
             pipe, settings = make(), config(policy="drift", mlp="follow", cache_dtype=cache_dtype)
