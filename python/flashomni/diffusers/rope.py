@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashomni.engine import norm_and_rope
-
 if TYPE_CHECKING:
     from flashomni.diffusers.call import Joint
 
@@ -124,13 +122,14 @@ def image_halves(rope: Tables, joint: Joint) -> Rotation:
     return rotate
 
 
-def rounded(rope: Tables | Rotation, dtype: torch.dtype) -> Rotation:
+def rounded(tables: Tables, dtype: torch.dtype) -> Rotation:
     """The same rotation, done in float32 and rounded to `dtype`, whatever type x is of."""
 
     def rotate(x: Tensor, start: int) -> None:
+        cos, sin = (table[start : start + x.shape[1]].unsqueeze(1) for table in tables)
         wide = x.float()
-        norm_and_rope(None, wide, rope, row_offset=start)
-        x.copy_(wide.to(dtype))
+        turned = torch.stack([-wide[..., 1::2], wide[..., 0::2]], dim=-1).flatten(-2)
+        x.copy_((wide * cos + turned * sin).to(dtype))
 
     return rotate
 
