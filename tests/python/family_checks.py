@@ -143,6 +143,46 @@ def check_sparse_runs(pipe, run: Run, *, steps: int = 8, **settings) -> flashomn
     return stats
 
 
+def check_text_is_never_cached(pipe, run: Run) -> None:
+    """The paper's policy caches row blocks of the image, none of the text, which every active tile sees."""
+    flashomni.enable(pipe, config(tau_q=0.9, tau_kv=0.5, ramp_power=0))
+    run(pipe, 8)
+    for symbols in flashomni.stats(pipe).symbols.values():
+        cache, skip = symbols.masks()
+        assert bool(cache[:, :, 0].all()) and not bool(cache.all())
+        assert bool(skip[..., 0][cache].all())
+
+
+def check_memory(pipe, run: Run, *, text_tokens: int, **settings) -> None:
+    """memory() says beforehand what a run of 168 tokens beside the text's then holds."""
+    said = flashomni.memory(config(**settings), pipe, image_tokens=168, text_tokens=text_tokens)
+    flashomni.enable(pipe, config(**settings))
+    run(pipe, 8)
+    assert said.by_kind == flashomni.stats(pipe).bytes_held
+
+
+def check_compiled_blocks(pipe, run: Run, *lists: str) -> None:
+    """Blocks of the transformer's ModuleLists, compiled one by one without a break, give the same bits."""
+    flashomni.enable(pipe, config(tau_kv=0.3))
+    want = run(pipe, 6)
+    for name in lists:
+        for block in getattr(pipe.transformer, name):
+            block.compile(fullgraph=True, backend="eager")
+    assert torch.equal(run(pipe, 6), want)
+    torch.compiler.reset()
+
+
+def check_drift_follows(pipe, run: Run, *, tau_q: float = 0.8, batch: int = 1) -> None:
+    """`drift` reuses row blocks of 168 tokens, attention and feed-forward, near dense; memory() knows it."""
+    want = run(pipe, 8)
+    settings = config(policy="drift", tau_q=tau_q, tau_kv=0.0, ramp_power=0, mlp="follow", strict=True)
+    said = flashomni.memory(settings, pipe, image_tokens=168, text_tokens=0, batch=batch)
+    flashomni.enable(pipe, settings)
+    assert 1e-5 < error(run(pipe, 8), want) < 0.5
+    stats = flashomni.stats(pipe)
+    assert stats.cache_density < 1 and stats.bytes_held == said.by_kind
+
+
 def check_forecast_rows(
     steps: list[tuple], active: torch.Tensor, order: int, tolerance: float, rounding: float = 1e-5
 ) -> None:

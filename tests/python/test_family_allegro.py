@@ -7,6 +7,7 @@ import torch
 from diffusers import AllegroPipeline, AllegroTransformer3DModel, EulerAncestralDiscreteScheduler
 from family_checks import (
     ROUNDING,
+    check_drift_follows,
     check_nothing_reused_is_dense,
     check_sparse_runs,
     config,
@@ -108,14 +109,7 @@ def test_rotations_matter_and_are_the_models_own_where_it_is_disabled() -> None:
 
 
 def test_drift_reuses_and_what_follows_too() -> None:
-    pipe = pipeline()
-    want = draw(pipe, 8)
-    settings = config(policy="drift", tau_q=0.8, tau_kv=0.0, ramp_power=0, mlp="follow", strict=True)
-    said = flashomni.memory(settings, pipe, image_tokens=168, text_tokens=20)
-    flashomni.enable(pipe, settings)
-    assert 1e-5 < error(draw(pipe, 8), want) < 0.5
-    stats = flashomni.stats(pipe)
-    assert stats.cache_density < 1 and stats.bytes_held == said.by_kind
+    check_drift_follows(pipeline(), draw)
 
 
 def test_what_is_refused() -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from family_checks import check_nothing_reused_is_dense, check_sparse_runs, config, lively, quiet
+from family_checks import (
+    check_compiled_blocks,
+    check_nothing_reused_is_dense,
+    check_sparse_runs,
+    config,
+    lively,
+    quiet,
+)
 
 import flashomni
 
@@ -102,14 +109,7 @@ def test_the_models_own_tokens_are_protected_with_the_text() -> None:
 
 
 def test_compiled_blocks() -> None:
-    pipe = pipeline()
-    flashomni.enable(pipe, config(tau_kv=0.3))
-    want = draw(pipe, 6)
-    for blocks in (pipe.transformer.joint_transformer_blocks, pipe.transformer.single_transformer_blocks):
-        for block in blocks:
-            block.compile(fullgraph=True, backend="eager")
-    assert torch.equal(draw(pipe, 6), want)
-    torch.compiler.reset()
+    check_compiled_blocks(pipeline(), draw, "joint_transformer_blocks", "single_transformer_blocks")
 
 
 def test_what_is_refused() -> None:

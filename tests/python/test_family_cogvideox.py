@@ -12,9 +12,11 @@ from diffusers import (
 )
 from diffusers.schedulers import CogVideoXDPMScheduler
 from family_checks import (
+    check_memory,
     check_nothing_reused_is_dense,
     check_passes,
     check_sparse_runs,
+    check_text_is_never_cached,
     config,
     denoise,
     error,
@@ -126,21 +128,11 @@ def test_guidance_in_one_batch() -> None:
 
 
 def test_the_papers_policy_caches_video_and_never_text() -> None:
-    pipe = pipeline()
-    flashomni.enable(pipe, config(tau_q=0.9, tau_kv=0.5, ramp_power=0))
-    draw(pipe, 8)
-    for symbols in flashomni.stats(pipe).symbols.values():
-        cache, skip = symbols.masks()
-        assert bool(cache[:, :, 0].all()) and not bool(cache.all())
-        assert bool(skip[..., 0][cache].all())
+    check_text_is_never_cached(pipeline(), draw)
 
 
 def test_memory() -> None:
-    pipe = pipeline()
-    said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=20)
-    flashomni.enable(pipe, config())
-    draw(pipe, 8)
-    assert said.by_kind == flashomni.stats(pipe).bytes_held
+    check_memory(pipeline(), draw, text_tokens=20)
 
 
 def test_options_of_processors_are_refused() -> None:

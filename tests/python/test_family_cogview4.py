@@ -7,16 +7,19 @@ import torch
 from diffusers import CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
 from family_checks import (
     ROUNDING,
+    OddRows,
+    check_compiled_blocks,
     check_forecast_rows,
+    check_memory,
     check_nothing_reused_is_dense,
     check_sparse_runs,
+    check_text_is_never_cached,
     config,
     denoise,
     error,
     lively,
     quiet,
 )
-from test_follow import OddRows
 
 import flashomni
 
@@ -87,22 +90,12 @@ def test_guidance_in_two_passes() -> None:
 
 
 def test_the_papers_policy_caches_images_and_never_text() -> None:
-    pipe = pipeline()
-    flashomni.enable(pipe, config(tau_q=0.9, tau_kv=0.5, ramp_power=0))
-    draw(pipe, 8)
-    for symbols in flashomni.stats(pipe).symbols.values():
-        cache, skip = symbols.masks()
-        assert bool(cache[:, :, 0].all()) and not bool(cache.all())
-        assert bool(skip[..., 0][cache].all())
+    check_text_is_never_cached(pipeline(), draw)
 
 
 @pytest.mark.parametrize("mlp", ["dense", "follow"])
 def test_memory(mlp: str) -> None:
-    pipe = pipeline()
-    said = flashomni.memory(config(mlp=mlp), pipe, image_tokens=168, text_tokens=20)
-    flashomni.enable(pipe, config(mlp=mlp))
-    draw(pipe, 8)
-    assert said.by_kind == flashomni.stats(pipe).bytes_held
+    check_memory(pipeline(), draw, text_tokens=20, mlp=mlp)
 
 
 def test_images_rows_follow_and_texts_do_not() -> None:
@@ -151,13 +144,7 @@ def test_masks_and_options_are_refused() -> None:
 
 
 def test_compiled_blocks() -> None:
-    pipe = pipeline()
-    flashomni.enable(pipe, config(tau_kv=0.3))
-    want = draw(pipe, 6)
-    for block in pipe.transformer.transformer_blocks:
-        block.compile(fullgraph=True, backend="eager")
-    assert torch.equal(draw(pipe, 6), want)
-    torch.compiler.reset()
+    check_compiled_blocks(pipeline(), draw, "transformer_blocks")
 
 
 def test_explain() -> None:

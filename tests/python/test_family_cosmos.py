@@ -13,6 +13,8 @@ from diffusers import (
 )
 from family_checks import (
     ROUNDING,
+    check_compiled_blocks,
+    check_drift_follows,
     check_nothing_reused_is_dense,
     check_passes,
     check_sparse_runs,
@@ -112,14 +114,7 @@ def test_pictures() -> None:
 
 
 def test_drift_reuses_and_what_follows_too() -> None:
-    pipe = pipeline()
-    want = draw(pipe, 8)
-    settings = config(policy="drift", tau_q=0.8, tau_kv=0.0, ramp_power=0, mlp="follow", strict=True)
-    said = flashomni.memory(settings, pipe, image_tokens=168, text_tokens=20)
-    flashomni.enable(pipe, settings)
-    assert 1e-5 < error(draw(pipe, 8), want) < 0.5
-    stats = flashomni.stats(pipe)
-    assert stats.cache_density < 1 and stats.bytes_held == said.by_kind
+    check_drift_follows(pipeline(), draw)
 
 
 def test_conditions() -> None:
@@ -172,13 +167,7 @@ def test_passes() -> None:
 
 
 def test_compiled_blocks() -> None:
-    pipe = pipeline()
-    flashomni.enable(pipe, config(tau_kv=0.3))
-    want = draw(pipe, 6)
-    for block in pipe.transformer.transformer_blocks:
-        block.compile(fullgraph=True, backend="eager")
-    assert torch.equal(draw(pipe, 6), want)
-    torch.compiler.reset()
+    check_compiled_blocks(pipeline(), draw, "transformer_blocks")
 
 
 @pytest.mark.parametrize("preset", ["quality", "balanced"])

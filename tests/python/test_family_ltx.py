@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
-from family_checks import check_nothing_reused_is_dense, check_sparse_runs, config, error, lively, quiet
+from family_checks import (
+    check_memory,
+    check_nothing_reused_is_dense,
+    check_sparse_runs,
+    config,
+    error,
+    lively,
+    quiet,
+)
 
 import flashomni
 
@@ -75,11 +83,7 @@ def test_drift() -> None:
 
 
 def test_memory() -> None:
-    pipe = pipeline()
-    said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=0)
-    flashomni.enable(pipe, config())
-    draw(pipe, 8)
-    assert said.by_kind == flashomni.stats(pipe).bytes_held
+    check_memory(pipeline(), draw, text_tokens=0)
 
 
 def test_explain() -> None:

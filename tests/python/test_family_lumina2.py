@@ -6,9 +6,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 from family_checks import (
+    check_compiled_blocks,
+    check_memory,
     check_nothing_reused_is_dense,
     check_passes,
     check_sparse_runs,
+    check_text_is_never_cached,
     config,
     denoise,
     lively,
@@ -110,31 +113,15 @@ def test_guidance_that_ends_early() -> None:
 
 
 def test_the_papers_policy_caches_images_and_never_text() -> None:
-    pipe = pipeline()
-    flashomni.enable(pipe, config(tau_q=0.9, tau_kv=0.5, ramp_power=0))
-    draw(pipe, 8)
-    for symbols in flashomni.stats(pipe).symbols.values():
-        cache, skip = symbols.masks()
-        assert bool(cache[:, :, 0].all()) and not bool(cache.all())
-        assert bool(skip[..., 0][cache].all())
+    check_text_is_never_cached(pipeline(), draw)
 
 
 def test_memory() -> None:
-    pipe = pipeline()
-    said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=13)
-    flashomni.enable(pipe, config())
-    draw(pipe, 8)
-    assert said.by_kind == flashomni.stats(pipe).bytes_held
+    check_memory(pipeline(), draw, text_tokens=13)
 
 
 def test_compiled_blocks() -> None:
-    pipe = pipeline()
-    flashomni.enable(pipe, config(tau_kv=0.3))
-    want = draw(pipe, 6)
-    for block in pipe.transformer.layers:
-        block.compile(fullgraph=True, backend="eager")
-    assert torch.equal(draw(pipe, 6), want)
-    torch.compiler.reset()
+    check_compiled_blocks(pipeline(), draw, "layers")
 
 
 def test_what_is_refused() -> None:

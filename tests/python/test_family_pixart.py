@@ -16,6 +16,8 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from family_checks import (
+    check_drift_follows,
+    check_memory,
     check_nothing_reused_is_dense,
     check_sparse_runs,
     config,
@@ -188,14 +190,7 @@ def test_guidance_of_videos() -> None:
 
 
 def test_videos_follow() -> None:
-    pipe = latte()
-    want = draw_video(pipe, 8)
-    settings = config(policy="drift", tau_q=0.3, tau_kv=0.0, ramp_power=0, mlp="follow", strict=True)
-    said = flashomni.memory(settings, pipe, image_tokens=168, text_tokens=20, batch=3)
-    flashomni.enable(pipe, settings)
-    assert 1e-5 < error(draw_video(pipe, 8), want) < 0.5
-    stats = flashomni.stats(pipe)
-    assert stats.cache_density < 1 and stats.bytes_held == said.by_kind
+    check_drift_follows(latte(), draw_video, tau_q=0.3, batch=3)
 
 
 def test_drift_lets_gemm_q_skip() -> None:
@@ -207,11 +202,7 @@ def test_drift_lets_gemm_q_skip() -> None:
 
 
 def test_memory() -> None:
-    pipe = pixart()
-    said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=20)
-    flashomni.enable(pipe, config())
-    draw(pipe, 8)
-    assert said.by_kind == flashomni.stats(pipe).bytes_held
+    check_memory(pixart(), draw, text_tokens=20)
 
 
 def test_what_processors_cannot_do_is_refused() -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from family_checks import check_nothing_reused_is_dense, check_sparse_runs, config, lively, quiet
+from family_checks import (
+    check_compiled_blocks,
+    check_memory,
+    check_nothing_reused_is_dense,
+    check_sparse_runs,
+    config,
+    lively,
+    quiet,
+)
 
 import flashomni
 
@@ -80,21 +88,11 @@ def test_guidance_by_skipped_layers() -> None:
 
 def test_compiled_blocks() -> None:
     """Also the last one, without an output for the text."""
-    pipe = pipeline()
-    flashomni.enable(pipe, config(tau_kv=0.3))
-    want = draw(pipe, 6)
-    for block in pipe.transformer.transformer_blocks:
-        block.compile(fullgraph=True, backend="eager")
-    assert torch.equal(draw(pipe, 6), want)
-    torch.compiler.reset()
+    check_compiled_blocks(pipeline(), draw, "transformer_blocks")
 
 
 def test_memory() -> None:
-    pipe = pipeline()
-    said = flashomni.memory(config(), pipe, image_tokens=168, text_tokens=20)
-    flashomni.enable(pipe, config())
-    draw(pipe, 8)
-    assert said.by_kind == flashomni.stats(pipe).bytes_held
+    check_memory(pipeline(), draw, text_tokens=20)
 
 
 def test_options_of_processors_are_refused() -> None:

@@ -183,7 +183,6 @@ class RepeatedHeads:
 
 def stream_of(attention: nn.Module, names: Projections, x: Tensor, start: int) -> Stream:
     """Rows start .. of the joint sequence, with the modules that make q, k and v of them."""
-
     k, v = part(attention, names.k), part(attention, names.v)
     if names.grouped:
         head_dim, times = (
