@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # Kernels whose names say that they multiply matrices.
-MULTIPLIES = re.compile(r"attention_kernel|gemm\w*_kernel")
+MULTIPLIES = re.compile(r"attention_kernel|gemm_kernel")
 
 
 @dataclass

@@ -68,11 +68,9 @@ class Native:
                 return check_tensors(self.names, tensors, self.required)
         return True
 
-    def invoke(self, like: Tensor, *arguments: Any) -> None:
-        """Calls it on the device of `like`; ValueError for tensors without plain memory.
-
-        On the CPU with this thread's workspace, grown as needed.
-        """
+    def invoke(self, *arguments: Any) -> None:
+        """Calls it on the device of the first tensor; ValueError for tensors without plain memory."""
+        like = arguments[0]
         try:
             (_invoke_on_cpu if like.is_cpu else _invoke_on_gpu)(self.function, like, arguments)
         except Exception:
@@ -126,6 +124,7 @@ def _expect_plain_memory(name: str, tensor: Tensor) -> None:
 
 
 def _invoke_on_cpu(function: str, like: Tensor, arguments: tuple) -> None:
+    """Each thread keeps one workspace, grown as needed."""
     native = getattr(library, function)
     workspaces = _local.__dict__
     workspace = workspaces.get("cpu")

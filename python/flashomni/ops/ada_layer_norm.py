@@ -10,12 +10,10 @@ from flashomni.ops._dispatch import Native, define, expect_dims, no_result
 _NATIVE = Native("ada_layer_norm", "x, scale, shift, out?")
 
 
-def _call(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, eps: float) -> None:
-    _NATIVE.invoke(x, x, scale, shift, out, eps)
-
-
 _operator = define(
-    "ada_layer_norm(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out, float eps) -> ()", _call, no_result
+    "ada_layer_norm(Tensor x, Tensor scale, Tensor shift, Tensor(a!) out, float eps) -> ()",
+    _NATIVE.invoke,
+    no_result,
 )
 
 
@@ -34,5 +32,5 @@ def ada_layer_norm(
     expect_dims("x", x, "B, M, C")
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (_call if direct else _operator)(x, scale, shift, out, eps)
+    (_NATIVE.invoke if direct else _operator)(x, scale, shift, out, eps)
     return out

@@ -25,16 +25,12 @@ _ATTENTION = Native(
 )
 
 
-def _call(q: Tensor, *arguments: object) -> None:
-    _ATTENTION.invoke(q, q, *arguments)
-
-
 _operator = define(
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? cache, Tensor? skip, Tensor? cache_indptr, "
     "Tensor? skip_indptr, Tensor(a!) out, Tensor(b!)? lse, Tensor? q_indptr, Tensor? kv_indptr, "
     "Tensor? k_mean, Tensor? v_mean, Tensor? kv_block_len, float scale, bool causal, int block_q, "
     "int block_kv) -> ()",
-    _call,
+    _ATTENTION.invoke,
     no_result,
 )
 
@@ -96,7 +92,7 @@ def sparse_attention(
         out = new_output(q.shape, q, cache)
     if lse is None and return_lse:
         lse = new_output(q.shape[:-1], q, cache, torch.float32)
-    (_call if direct else _operator)(
+    (_ATTENTION.invoke if direct else _operator)(
         *(q, k, v, cache, skip, cache_indptr, skip_indptr, out, lse),
         *(q_indptr, kv_indptr, k_mean, v_mean, kv_block_len),
         *(scale, causal, block_q, block_kv),

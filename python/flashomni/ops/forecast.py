@@ -41,7 +41,7 @@ def _call_update(
     gap: float,
     valid: int,
 ) -> None:
-    _UPDATE.invoke(feature, feature, *_padded(derivatives), *_padded(scales), last, gap, valid)
+    _UPDATE.invoke(feature, *_padded(derivatives), *_padded(scales), last, gap, valid)
 
 
 def _call_forecast(
@@ -54,11 +54,7 @@ def _call_forecast(
     *numbers: int,
 ) -> None:
     kept = (*_padded(derivatives), *_padded(scales))
-    _FORECAST.invoke(out, *kept, coefficients, cache, cache_indptr, out, *numbers)
-
-
-def _call_quantize(x: Tensor, values: Tensor, scales: Tensor) -> None:
-    _QUANTIZE.invoke(x, x, values, scales)
+    _FORECAST.invoke(*kept, coefficients, cache, cache_indptr, out, *numbers)
 
 
 _update_operator = define(
@@ -75,7 +71,7 @@ _forecast_operator = define(
     no_result,
 )
 _quantize_operator = define(
-    "quantize_fp8(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()", _call_quantize, no_result
+    "quantize_fp8(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()", _QUANTIZE.invoke, no_result
 )
 
 
@@ -192,7 +188,7 @@ def quantize_fp8(
         values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     if scales is None:
         scales = torch.empty(scales_shape(x.shape), dtype=torch.float32, device=x.device)
-    (_call_quantize if direct else _quantize_operator)(x, _bits(values, "values"), scales)
+    (_QUANTIZE.invoke if direct else _quantize_operator)(x, _bits(values, "values"), scales)
     return values, scales
 
 

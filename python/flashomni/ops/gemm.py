@@ -35,10 +35,6 @@ _DISPATCH = Native(
 )
 
 
-def _call_q(x: Tensor, *arguments: object) -> None:
-    _Q.invoke(x, x, *arguments)
-
-
 def _call_update(
     o: Sequence[Tensor],
     past: Tensor | None,
@@ -52,7 +48,7 @@ def _call_update(
 ) -> None:
     o = (*o, *(None,) * (_ORDERS - len(o)))
     cached = (*cached, *(None,) * (_ORDERS - len(cached)))
-    _UPDATE.invoke(out, *o, past, weight, bias, cache, cache_indptr, out, *cached, *numbers)
+    _UPDATE.invoke(*o, past, weight, bias, cache, cache_indptr, out, *cached, *numbers)
 
 
 def _call_dispatch(
@@ -67,13 +63,13 @@ def _call_dispatch(
     *numbers: int | bool,
 ) -> None:
     cached = (*cached, *(None,) * (_ORDERS - len(cached)))
-    _DISPATCH.invoke(o, o, past, weight, *cached, coefficients, cache, cache_indptr, out, *numbers)
+    _DISPATCH.invoke(o, past, weight, *cached, coefficients, cache, cache_indptr, out, *numbers)
 
 
 _q_operator = define(
     "gemm_q(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? cache_indptr, Tensor(a!) out, "
     "int heads, int tokens, int row_offset, int block_q, int activation) -> ()",
-    _call_q,
+    _Q.invoke,
     no_result,
 )
 _update_operator = define(
@@ -124,7 +120,7 @@ def gemm_q(
     heads, *geometry = _geometry(symbols, x, 1 if heads is None and symbols is None else heads, row_offset)
     if out is None:
         out = new_output((x.shape[0], x.shape[1], weight.shape[0]), x, cache)
-    (_call_q if direct else _q_operator)(
+    (_Q.invoke if direct else _q_operator)(
         x, weight, bias, cache, cache_indptr, out, heads, *geometry, _ACTIVATIONS[activation]
     )
     return out
@@ -223,9 +219,11 @@ def gemm_o_dispatch(
     geometry = _geometry(symbols, o, _heads_of(symbols, o, head_dim), row_offset)
     if out is None:
         out = new_output((o.shape[0], o.shape[1], weight.shape[0]), o, cache if keep_rows else None)
-    (_call_dispatch if direct else _dispatch_operator)(
-        o, past, weight, list(cached), coefficients, cache, cache_indptr, out, head_dim, *geometry, keep_rows
-    )
+    rest = (coefficients, cache, cache_indptr, out, head_dim, *geometry, keep_rows)
+    if direct:
+        _DISPATCH.invoke(o, past, weight, *all_cached, *rest)
+    else:
+        _dispatch_operator(o, past, weight, list(cached), *rest)
     return out
 
 

@@ -25,52 +25,32 @@ _NORM = Native("norm_rope", "x, weight?, cos?, sin?, symbols.cache?, keys?, keys
 _NORM_MEAN = Native("norm_rope_mean", "x, weight?, cos?, sin?, mean, similarity?")
 
 
-def _call_mean(x: Tensor, *arguments: object) -> None:
-    _MEAN.invoke(x, x, *arguments)
-
-
-def _call_select(q_mean: Tensor, *arguments: object) -> None:
-    _SELECT.invoke(q_mean, q_mean, *arguments)
-
-
-def _call_summarize(cache: Tensor, *arguments: object) -> None:
-    _SUMMARIZE.invoke(cache, cache, *arguments)
-
-
-def _call_norm(x: Tensor, *arguments: object) -> None:
-    _NORM.invoke(x, x, *arguments)
-
-
-def _call_norm_mean(x: Tensor, *arguments: object) -> None:
-    _NORM_MEAN.invoke(x, x, *arguments)
-
-
 _mean_operator = define(
-    "block_mean(Tensor x, Tensor(a!) out, Tensor(b!)? similarity, int block) -> ()", _call_mean, no_result
+    "block_mean(Tensor x, Tensor(a!) out, Tensor(b!)? similarity, int block) -> ()", _MEAN.invoke, no_result
 )
 _select_operator = define(
     "select_flashomni(Tensor q_mean, Tensor k_mean, Tensor(a!) cache, Tensor(b!) skip, Tensor? ramp, "
     "Tensor? k_similarity, int tokens, int text_start, int text_length, float tau_q, float tau_kv, "
     "float s_q, float scale, float self_similarity, int block_q, int block_kv) -> ()",
-    _call_select,
+    _SELECT.invoke,
     no_result,
 )
 _summarize_operator = define(
     "summarize_symbols(Tensor cache, Tensor skip, Tensor(a!) rows, Tensor(b!) shares, Tensor(c!) awake, "
     "int heads, int q_tokens, int kv_tokens, int block_q, int block_kv) -> ()",
-    _call_summarize,
+    _SUMMARIZE.invoke,
     no_result,
 )
 _norm_operator = define(
     "norm_rope(Tensor(a!) x, Tensor? weight, Tensor? cos, Tensor? sin, Tensor? cache, Tensor(b!)? keys, "
     "Tensor? keys_weight, float eps, int row_offset, int tokens, int block_q) -> ()",
-    _call_norm,
+    _NORM.invoke,
     no_result,
 )
 _norm_mean_operator = define(
     "norm_rope_mean(Tensor(a!) x, Tensor? weight, Tensor? cos, Tensor? sin, Tensor(b!) mean, "
     "Tensor(c!)? similarity, float eps, int row_offset, int tokens, int block) -> ()",
-    _call_norm_mean,
+    _NORM_MEAN.invoke,
     no_result,
 )
 
@@ -92,7 +72,7 @@ def block_mean(x: Tensor, block: int, similarity: Tensor | None = None) -> Tenso
     batch, tokens, heads, head_dim = x.shape
     shape = (batch, -(-tokens // block), heads, head_dim)
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
-    (_call_mean if direct else _mean_operator)(x, out, similarity, block)
+    (_MEAN.invoke if direct else _mean_operator)(x, out, similarity, block)
     return out
 
 
@@ -137,7 +117,7 @@ def select_flashomni(
     expect("symbols.heads", "as in q_mean", symbols.heads, q_mean.shape[2])
     expect_integer("text_start", text_start)
     expect_integer("text_length", text_length)
-    (_call_select if direct else _select_operator)(
+    (_SELECT.invoke if direct else _select_operator)(
         *(q_mean, k_mean, symbols.cache, symbols.skip, ramp, k_similarity),
         *(symbols.q_tokens, text_start, text_length),
         *(tau_q, tau_kv, s_q, 0.0 if scale is None else scale, self_similarity),
@@ -160,7 +140,7 @@ def summarize_symbols(symbols: SparseSymbols, rows: Tensor, shares: Tensor, awak
     """
     _expect_both_parts(symbols)
     direct = _SUMMARIZE.is_direct((symbols.cache, symbols.skip, rows, shares, awake))
-    (_call_summarize if direct else _summarize_operator)(
+    (_SUMMARIZE.invoke if direct else _summarize_operator)(
         *(symbols.cache, symbols.skip, rows, shares, awake),
         *(symbols.heads, symbols.q_tokens, symbols.kv_tokens, symbols.block_q, symbols.block_kv),
     )
@@ -206,7 +186,7 @@ def norm_rope(
         tokens, block_q = symbols.q_tokens, symbols.block_q
     else:
         tokens = row_offset + x.shape[1] if cos is None else cos.shape[0]
-    (_call_norm if direct else _norm_operator)(
+    (_NORM.invoke if direct else _norm_operator)(
         x, weight, cos, sin, cache, keys, keys_weight, eps, row_offset, tokens, block_q
     )
     return x
@@ -239,7 +219,7 @@ def norm_rope_mean(
     expect_integer("row_offset", row_offset)
     expect_integer("block", block)
     tokens = row_offset + x.shape[1] if cos is None else cos.shape[0]
-    (_call_norm_mean if direct else _norm_mean_operator)(
+    (_NORM_MEAN.invoke if direct else _norm_mean_operator)(
         x, weight, cos, sin, mean, similarity, eps, row_offset, tokens, block
     )
     return x
