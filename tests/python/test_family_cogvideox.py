@@ -27,21 +27,25 @@ from family_checks import (
 import flashomni
 from flashomni.policies import RandomPolicy
 
+SIZES = {
+    "attention_head_dim": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "time_embed_dim": 8,
+    "text_embed_dim": 16,
+    "sample_width": 16,
+    "sample_height": 14,
+    "sample_frames": 9,
+    "max_text_seq_length": 20,
+}
+
 
 def pipeline(scheduler=None, rotary: bool = True) -> CogVideoXPipeline:
     torch.manual_seed(0)
     model = CogVideoXTransformer3DModel(
         num_attention_heads=2,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        sample_width=16,
-        sample_height=14,
-        sample_frames=9,
-        max_text_seq_length=20,
+        **SIZES,
         use_rotary_positional_embeddings=rotary,
     )
     parts = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
@@ -55,16 +59,7 @@ def consisid() -> tuple[torch.nn.Module, torch.Tensor, dict]:
     torch.manual_seed(0)
     model = ConsisIDTransformer3DModel(
         num_attention_heads=3,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        sample_width=16,
-        sample_height=14,
-        sample_frames=9,
-        max_text_seq_length=20,
+        **SIZES,
         use_rotary_positional_embeddings=True,
         is_train_face=True,
         cross_attn_dim_head=16,

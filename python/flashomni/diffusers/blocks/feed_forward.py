@@ -77,8 +77,7 @@ class FusedFeedForward(InGraph):
         first, last = layers.first, layers.last
         inner = self.engine.buffers.take("feed_forward", (*x.shape[:2], first.out_features), x)
         with self.engine.ledger("mlp"):
-            activation = "gelu_tanh" if layers.activation.approximate == "tanh" else "gelu"
-            apply_linear(first, x, inner, rows, row_offset=start, activation=activation)
+            apply_linear(first, x, inner, rows, row_offset=start, activation=_gelu(layers.activation))
             return linear_tiles(inner, last.weight, last.bias, rows, row_offset=start, out=out)
 
 
@@ -104,8 +103,11 @@ def intercept_feed_forward(engine: Engine, module: nn.Module, following: Followi
 
 def fused_activation(module: nn.Module) -> str | None:
     """The name under which gemm_q knows an activation module; None if it does not."""
-    if type(module) is not nn.GELU:
-        return None
+    return _gelu(module) if type(module) is nn.GELU else None
+
+
+def _gelu(module: nn.Module) -> str:
+    """Of torch's make or diffusers': the name under which gemm_q knows it."""
     return "gelu_tanh" if module.approximate == "tanh" else "gelu"
 
 
