@@ -29,6 +29,9 @@ struct QuantizeArguments;
 struct Context {
   void* workspace = nullptr;  ///< at least what the operator's *_workspace() asks for, 64-byte aligned
   size_t workspace_bytes = 0;
+  /// GPU: a number in its memory that is 0 before a call and after it, or null. An operator that counts with
+  /// it saves the launch that sets one to 0; calls that may run at one time must not share it.
+  int32_t* counter = nullptr;
   void* stream = nullptr;  ///< CUDA stream; unused on the CPU
   int32_t threads = 0;     ///< CPU: threads to use; 0 = OpenMP's own number
 };

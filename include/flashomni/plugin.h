@@ -14,7 +14,7 @@
 namespace flashomni {
 
 /// Counts up whenever PluginTable, Context or an operator's arguments change.
-inline constexpr uint32_t kPluginAbi = 9;
+inline constexpr uint32_t kPluginAbi = 10;
 
 /// Why a plugin refused. No exception and no object that owns memory crosses into or out of a plugin.
 struct PluginStatus {

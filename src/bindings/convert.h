@@ -66,11 +66,14 @@ auto guarded(Body&& body) {
   }
 }
 
-/// The context of a call on the device of `tensor`.
-inline Context make_context(Tensor tensor, int64_t threads) {
+/// The context of a call on the device of `tensor`. `setting`: on the CPU the threads; on a GPU the address
+/// of the context's counter, or 0.
+inline Context make_context(Tensor tensor, int64_t setting) {
   Context context;
-  context.threads = narrow(threads, "threads");
-  if (tensor->device.device_type != kDLCPU) {
+  if (tensor->device.device_type == kDLCPU) {
+    context.threads = narrow(setting, "threads");
+  } else {
+    context.counter = reinterpret_cast<int32_t*>(setting);
     context.stream = TVMFFIEnvGetStream(tensor->device.device_type, tensor->device.device_id);
   }
   return context;

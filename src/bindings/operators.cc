@@ -1,6 +1,6 @@
 // The operators as Python sees them: positional arguments in the order of python/flashomni/ops. Optional
-// tensors may be None. The last two of each are the workspace and the threads; see run_within for the
-// returned number.
+// tensors may be None. The last two of each are the workspace and a setting of the device (see make_context);
+// see run_within for the returned number.
 #include "convert.h"
 #include "flashomni/ada_layer_norm.h"
 #include "flashomni/attention.h"
@@ -15,7 +15,7 @@ int64_t attention(Tensor q, Tensor k, Tensor v, OptionalTensor cache, OptionalTe
                   OptionalTensor cache_indptr, OptionalTensor skip_indptr, Tensor out, OptionalTensor lse,
                   OptionalTensor q_indptr, OptionalTensor kv_indptr, OptionalTensor k_mean,
                   OptionalTensor v_mean, OptionalTensor kv_block_len, double scale, bool causal,
-                  int64_t block_q, int64_t block_kv, OptionalTensor workspace, int64_t threads) {
+                  int64_t block_q, int64_t block_kv, OptionalTensor workspace, int64_t setting) {
   return guarded([&] {
     AttentionArguments arguments;
     arguments.q = view(q, "q");
@@ -36,7 +36,7 @@ int64_t attention(Tensor q, Tensor k, Tensor v, OptionalTensor cache, OptionalTe
     arguments.kv_block_len = view(kv_block_len, "kv_block_len");
     arguments.scale = static_cast<float>(scale);
     arguments.causal = causal;
-    return run_within(arguments, make_context(q, threads), workspace, &attention_workspace,
+    return run_within(arguments, make_context(q, setting), workspace, &attention_workspace,
                       &flashomni::attention);
   });
 }
@@ -55,7 +55,7 @@ TileSymbols tile_symbols(const OptionalTensor& cache, const OptionalTensor& cach
 
 int64_t gemm_q(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor cache,
                OptionalTensor cache_indptr, Tensor out, int64_t heads, int64_t tokens, int64_t row_offset,
-               int64_t block_q, int64_t activation, OptionalTensor workspace, int64_t threads) {
+               int64_t block_q, int64_t activation, OptionalTensor workspace, int64_t setting) {
   return guarded([&] {
     GemmQArguments arguments;
     arguments.x = view(x, "x");
@@ -64,7 +64,7 @@ int64_t gemm_q(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor cach
     arguments.out = view(out, "out");
     arguments.tiles = tile_symbols(cache, cache_indptr, heads, tokens, row_offset, block_q);
     arguments.activation = static_cast<Activation>(activation);
-    return run_within(arguments, make_context(x, threads), workspace, &gemm_q_workspace, &flashomni::gemm_q);
+    return run_within(arguments, make_context(x, setting), workspace, &gemm_q_workspace, &flashomni::gemm_q);
   });
 }
 
@@ -73,7 +73,7 @@ int64_t gemm_o_update(Tensor o, OptionalTensor o1, OptionalTensor o2, OptionalTe
                       Tensor out, Tensor cached, OptionalTensor cached1, OptionalTensor cached2,
                       OptionalTensor cached3, int64_t head_dim, int64_t heads, int64_t tokens,
                       int64_t row_offset, int64_t block_q, bool keep_rows, OptionalTensor workspace,
-                      int64_t threads) {
+                      int64_t setting) {
   return guarded([&] {
     GemmOUpdateArguments arguments;
     arguments.orders = view_all({o, o1, o2, o3}, "o and its derivatives", &arguments.o);
@@ -89,7 +89,7 @@ int64_t gemm_o_update(Tensor o, OptionalTensor o1, OptionalTensor o2, OptionalTe
     arguments.head_dim = head_dim;
     arguments.tiles = tile_symbols(cache, cache_indptr, heads, tokens, row_offset, block_q);
     arguments.keep_rows = keep_rows;
-    return run_within(arguments, make_context(o, threads), workspace, &gemm_o_update_workspace,
+    return run_within(arguments, make_context(o, setting), workspace, &gemm_o_update_workspace,
                       &flashomni::gemm_o_update);
   });
 }
@@ -98,7 +98,7 @@ int64_t gemm_o_dispatch(Tensor o, OptionalTensor past, Tensor weight, Tensor cac
                         OptionalTensor cached2, OptionalTensor cached3, Tensor coefficients,
                         OptionalTensor cache, OptionalTensor cache_indptr, Tensor out, int64_t head_dim,
                         int64_t heads, int64_t tokens, int64_t row_offset, int64_t block_q, bool keep_rows,
-                        OptionalTensor workspace, int64_t threads) {
+                        OptionalTensor workspace, int64_t setting) {
   return guarded([&] {
     GemmODispatchArguments arguments;
     arguments.o = view(o, "o");
@@ -110,7 +110,7 @@ int64_t gemm_o_dispatch(Tensor o, OptionalTensor past, Tensor weight, Tensor cac
     arguments.head_dim = head_dim;
     arguments.tiles = tile_symbols(cache, cache_indptr, heads, tokens, row_offset, block_q);
     arguments.keep_rows = keep_rows;
-    return run_within(arguments, make_context(o, threads), workspace, &gemm_o_dispatch_workspace,
+    return run_within(arguments, make_context(o, setting), workspace, &gemm_o_dispatch_workspace,
                       &flashomni::gemm_o_dispatch);
   });
 }
@@ -118,7 +118,7 @@ int64_t gemm_o_dispatch(Tensor o, OptionalTensor past, Tensor weight, Tensor cac
 int64_t select_flashomni(Tensor q_mean, Tensor k_mean, Tensor cache, Tensor skip, OptionalTensor ramp,
                          OptionalTensor k_similarity, int64_t tokens, int64_t text_start, int64_t text_length,
                          double tau_q, double tau_kv, double s_q, double scale, double self_similarity,
-                         int64_t block_q, int64_t block_kv, OptionalTensor workspace, int64_t threads) {
+                         int64_t block_q, int64_t block_kv, OptionalTensor workspace, int64_t setting) {
   return guarded([&] {
     SelectArguments arguments;
     arguments.q_mean = view(q_mean, "q_mean");
@@ -137,7 +137,7 @@ int64_t select_flashomni(Tensor q_mean, Tensor k_mean, Tensor cache, Tensor skip
     arguments.scale = static_cast<float>(scale);
     arguments.k_similarity = view(k_similarity, "k_similarity");
     arguments.self_similarity = static_cast<float>(self_similarity);
-    return run_within(arguments, make_context(q_mean, threads), workspace, &select_flashomni_workspace,
+    return run_within(arguments, make_context(q_mean, setting), workspace, &select_flashomni_workspace,
                       &flashomni::select_flashomni);
   });
 }
@@ -150,7 +150,7 @@ size_t no_workspace(const Arguments&, const Context&) {
 
 int64_t summarize_symbols(Tensor cache, Tensor skip, Tensor rows, Tensor shares, Tensor awake, int64_t heads,
                           int64_t q_tokens, int64_t kv_tokens, int64_t block_q, int64_t block_kv,
-                          OptionalTensor workspace, int64_t threads) {
+                          OptionalTensor workspace, int64_t setting) {
   return guarded([&] {
     SummarizeArguments arguments;
     arguments.symbols.cache = view(cache, "symbols.cache");
@@ -163,20 +163,20 @@ int64_t summarize_symbols(Tensor cache, Tensor skip, Tensor rows, Tensor shares,
     arguments.rows = view(rows, "rows");
     arguments.shares = view(shares, "shares");
     arguments.awake = view(awake, "awake");
-    return run_within(arguments, make_context(cache, threads), workspace, &no_workspace<SummarizeArguments>,
+    return run_within(arguments, make_context(cache, setting), workspace, &no_workspace<SummarizeArguments>,
                       &flashomni::summarize_symbols);
   });
 }
 
 int64_t block_mean(Tensor x, Tensor out, OptionalTensor similarity, int64_t block, OptionalTensor workspace,
-                   int64_t threads) {
+                   int64_t setting) {
   return guarded([&] {
     BlockMeanArguments arguments;
     arguments.x = view(x, "x");
     arguments.out = view(out, "out");
     arguments.similarity = view(similarity, "similarity");
     arguments.block = narrow(block, "block");
-    return run_within(arguments, make_context(x, threads), workspace, &no_workspace<BlockMeanArguments>,
+    return run_within(arguments, make_context(x, setting), workspace, &no_workspace<BlockMeanArguments>,
                       &flashomni::block_mean);
   });
 }
@@ -184,7 +184,7 @@ int64_t block_mean(Tensor x, Tensor out, OptionalTensor similarity, int64_t bloc
 int64_t norm_rope(Tensor x, OptionalTensor weight, OptionalTensor cos, OptionalTensor sin,
                   OptionalTensor cache, OptionalTensor keys, OptionalTensor keys_weight, double eps,
                   int64_t row_offset, int64_t tokens, int64_t block_q, OptionalTensor workspace,
-                  int64_t threads) {
+                  int64_t setting) {
   return guarded([&] {
     NormRopeArguments arguments;
     arguments.x = view(x, "x");
@@ -198,13 +198,13 @@ int64_t norm_rope(Tensor x, OptionalTensor weight, OptionalTensor cos, OptionalT
     arguments.row_offset = row_offset;
     arguments.tokens = tokens;
     arguments.block_q = narrow(block_q, "symbols.block_q");
-    return run_within(arguments, make_context(x, threads), workspace, &no_workspace<NormRopeArguments>,
+    return run_within(arguments, make_context(x, setting), workspace, &no_workspace<NormRopeArguments>,
                       &flashomni::norm_rope);
   });
 }
 
 int64_t ada_layer_norm(Tensor x, Tensor scale, Tensor shift, Tensor out, double eps, OptionalTensor workspace,
-                       int64_t threads) {
+                       int64_t setting) {
   return guarded([&] {
     AdaLayerNormArguments arguments;
     arguments.x = view(x, "x");
@@ -212,14 +212,14 @@ int64_t ada_layer_norm(Tensor x, Tensor scale, Tensor shift, Tensor out, double 
     arguments.shift = view(shift, "shift");
     arguments.out = view(out, "out");
     arguments.eps = static_cast<float>(eps);
-    return run_within(arguments, make_context(x, threads), workspace, &no_workspace<AdaLayerNormArguments>,
+    return run_within(arguments, make_context(x, setting), workspace, &no_workspace<AdaLayerNormArguments>,
                       &flashomni::ada_layer_norm);
   });
 }
 
 int64_t norm_rope_mean(Tensor x, OptionalTensor weight, OptionalTensor cos, OptionalTensor sin, Tensor mean,
                        OptionalTensor similarity, double eps, int64_t row_offset, int64_t tokens,
-                       int64_t block, OptionalTensor workspace, int64_t threads) {
+                       int64_t block, OptionalTensor workspace, int64_t setting) {
   return guarded([&] {
     NormRopeMeanArguments arguments;
     arguments.rows.x = view(x, "x");
@@ -232,7 +232,7 @@ int64_t norm_rope_mean(Tensor x, OptionalTensor weight, OptionalTensor cos, Opti
     arguments.mean = view(mean, "mean");
     arguments.similarity = view(similarity, "similarity");
     arguments.block = narrow(block, "block");
-    return run_within(arguments, make_context(x, threads), workspace, &no_workspace<NormRopeMeanArguments>,
+    return run_within(arguments, make_context(x, setting), workspace, &no_workspace<NormRopeMeanArguments>,
                       &flashomni::norm_rope_mean);
   });
 }
@@ -241,7 +241,7 @@ int64_t taylor_update(Tensor feature, Tensor derivative, OptionalTensor derivati
                       OptionalTensor derivative2, OptionalTensor derivative3, OptionalTensor scale,
                       OptionalTensor scale1, OptionalTensor scale2, OptionalTensor scale3,
                       OptionalTensor last, double gap, int64_t valid, OptionalTensor workspace,
-                      int64_t threads) {
+                      int64_t setting) {
   return guarded([&] {
     TaylorUpdateArguments arguments;
     arguments.feature = view(feature, "feature");
@@ -251,7 +251,7 @@ int64_t taylor_update(Tensor feature, Tensor derivative, OptionalTensor derivati
     arguments.last = view(last, "last");
     arguments.gap = static_cast<float>(gap);
     arguments.valid = narrow(valid, "valid");
-    return run_within(arguments, make_context(feature, threads), workspace,
+    return run_within(arguments, make_context(feature, setting), workspace,
                       &no_workspace<TaylorUpdateArguments>, &flashomni::taylor_update);
   });
 }
@@ -261,7 +261,7 @@ int64_t taylor_forecast(Tensor derivative, OptionalTensor derivative1, OptionalT
                         OptionalTensor scale2, OptionalTensor scale3, Tensor coefficients,
                         OptionalTensor cache, OptionalTensor cache_indptr, Tensor out, int64_t heads,
                         int64_t tokens, int64_t row_offset, int64_t block_q, int64_t rows,
-                        OptionalTensor workspace, int64_t threads) {
+                        OptionalTensor workspace, int64_t setting) {
   return guarded([&] {
     TaylorForecastArguments arguments;
     arguments.orders =
@@ -271,18 +271,18 @@ int64_t taylor_forecast(Tensor derivative, OptionalTensor derivative1, OptionalT
     arguments.out = view(out, "out");
     arguments.tiles = tile_symbols(cache, cache_indptr, heads, tokens, row_offset, block_q);
     arguments.rows = static_cast<ForecastRows>(narrow(rows, "rows"));
-    return run_within(arguments, make_context(derivative, threads), workspace,
+    return run_within(arguments, make_context(derivative, setting), workspace,
                       &no_workspace<TaylorForecastArguments>, &flashomni::taylor_forecast);
   });
 }
 
-int64_t quantize_fp8(Tensor x, Tensor values, Tensor scales, OptionalTensor workspace, int64_t threads) {
+int64_t quantize_fp8(Tensor x, Tensor values, Tensor scales, OptionalTensor workspace, int64_t setting) {
   return guarded([&] {
     QuantizeArguments arguments;
     arguments.x = view(x, "x");
     arguments.values = view(values, "values");
     arguments.scales = view(scales, "scales");
-    return run_within(arguments, make_context(x, threads), workspace, &no_workspace<QuantizeArguments>,
+    return run_within(arguments, make_context(x, setting), workspace, &no_workspace<QuantizeArguments>,
                       &flashomni::quantize_fp8);
   });
 }

@@ -15,6 +15,7 @@ import torch
 from gpu_gemm_problems import Problem, make_problem, random_problem
 
 from flashomni import SparseSymbols, gemm_o_dispatch, gemm_o_update, gemm_q
+from flashomni.ops import _dispatch
 from flashomni.symbols import pack
 
 pytestmark = pytest.mark.gpu
@@ -123,6 +124,14 @@ def test_rows_without_an_active_head_are_left_alone(block: int, past: int) -> No
     solve_o(make_problem(BF16, 4608, 1, 128, 3072, 0.5, apart=True, clustered=True, order=1, **shape))
 
 
+@pytest.mark.parametrize("block", [64, 128])
+def test_plans_that_shared_memory_does_not_hold(block: int) -> None:
+    """Many bands of many lists; more lists than one band has room for."""
+    solve_q(make_problem(BF16, 33000, 48, 8, 384, 0.3, for_q=True, width=64, row_offset=77, block=block))
+    solve_q(make_problem(FP16, 300, 50, 8, 400, 0.5, for_q=True, width=64, batch=20, block=block))
+    solve_q(make_problem(BF16, 200, 256, 8, 2048, 0.5, for_q=True, width=64, batch=16, block=block))
+
+
 def test_without_symbols_it_is_linear() -> None:
     p = make_problem(BF16, 1000, 4, 128, 512, 1.0, for_q=True, width=512, symbols=False)
     solve_q(p)
@@ -205,6 +214,34 @@ def test_a_graph_obeys_symbols_and_coefficients_changed_in_place(keep_rows: bool
         problems.check_q(q, "gelu", out_q)
         problems.check_update(p, out_update, cached)
         problems.check_dispatch(p, cached, coefficients, out)
+
+
+def test_counters_are_zero_again() -> None:
+    for seed in range(30):
+        solve_q(random_problem(seed, for_q=True))
+        solve_o(random_problem(seed, for_q=False))
+    counters = _dispatch._counters[torch.cuda.current_device()]
+    assert counters.take() > counters._memory[0].data_ptr()  # some are in use
+    assert not any(memory.any() for memory in counters._memory)
+
+
+def test_a_graph_without_a_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none is left, the graph sets one of its own to zero."""
+    q = make_problem(BF16, 20000, 5, 128, 640, 0.6, for_q=True, width=512)
+    o = make_problem(BF16, 20000, 4, 128, 3072, 0.6, past=0)
+    out_q, out, cached = q.output(), o.output(), [o.output()]
+    problems.run_q(q, None, out_q)  # makes what a first call makes
+    monkeypatch.setattr(_dispatch._Counters, "take", lambda self: 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        problems.run_q(q, None, out_q)
+        problems.run_update(o, out, cached)
+    for _ in range(2):
+        for tensor in (out_q, out, *cached):
+            tensor.fill_(float("nan"))
+        graph.replay()
+        problems.check_q(q, None, out_q)
+        problems.check_update(o, out, cached)
 
 
 def test_one_workspace_serves_calls_of_all_shapes() -> None:

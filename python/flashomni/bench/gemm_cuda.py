@@ -53,8 +53,7 @@ def run(shape: Shape, *, dtype: torch.dtype = torch.bfloat16, rounds: int = 7, s
     "gemm_o_update_cuda" and "gemm_o_window_cuda" (one Update and five Dispatches), all with the plan.
 
     GEMM-Q has outputs / 128 heads. GEMM-O has 24 heads of 128, or fewer; columns past them are always active.
-    ratio: torch's linear over ours; ideal: the same for work alone; efficiency: one over the other. plan_us:
-    GEMM-Q's plan kernel alone; GEMM-O's is of one thread.
+    ratio: torch's linear over ours; ideal: the same for work alone; efficiency: one over the other.
     """
     torch.manual_seed(seed)
     x = torch.randn(1, shape.rows, shape.width, device="cuda", dtype=dtype)
@@ -89,7 +88,6 @@ def run(shape: Shape, *, dtype: torch.dtype = torch.bfloat16, rounds: int = 7, s
     linear = ("torch_linear", ms["linear"], shape.flops)
     window_linear = ("torch_linear", WINDOW * ms["linear"], WINDOW * shape.flops)
 
-    kernels = cuda.kernels_us({name: call for name, call in arms.items() if name.startswith("q ")})
     rows = []
     for pattern, sparsity, q, o in cases:
         case = {
@@ -107,24 +105,22 @@ def run(shape: Shape, *, dtype: torch.dtype = torch.bfloat16, rounds: int = 7, s
         def took(name: str, at: str = f"{pattern} {sparsity}") -> float:
             return ms[f"{name} {at}"]
 
-        def add(suite: str, time: float, work: float, base: tuple, plan: str | None, case: dict) -> None:
+        def add(suite: str, time: float, work: float, base: tuple, case: dict) -> None:
             found = harness.row(f"{suite}_cuda", case, time, base[2] * work, base)
             found["ideal"] = 1 / work if work > 0 else None
             found["efficiency"] = found["ratio"] * work
-            found["plan_us"] = plan and cuda.plan_us(kernels[plan])
             rows.append(found)
 
-        name = f"{pattern} {sparsity}"
-        add("gemm_q", took("q"), q_share, linear, f"q {name}", case)
-        add("gemm_q_gelu", took("q_gelu"), q_share, linear, None, case)
+        add("gemm_q", took("q"), q_share, linear, case)
+        add("gemm_q_gelu", took("q_gelu"), q_share, linear, case)
         for order in (0, 1):
             ordered = {**case, "order": order}
             update = 1 + order * in_heads * (1 - o_share)
-            add("gemm_o", took(f"o{order}"), o_work, linear, None, ordered)
-            add("gemm_o_update", took(f"u{order}"), update, linear, None, ordered)
+            add("gemm_o", took(f"o{order}"), o_work, linear, ordered)
+            add("gemm_o_update", took(f"u{order}"), update, linear, ordered)
             window = took(f"u{order}") + (WINDOW - 1) * took(f"o{order}")
             work = (update + (WINDOW - 1) * o_work) / WINDOW
-            add("gemm_o_window", window, work, window_linear, None, {**ordered, "interval": WINDOW})
+            add("gemm_o_window", window, work, window_linear, {**ordered, "interval": WINDOW})
     return rows
 
 
@@ -150,17 +146,16 @@ def _share(symbols: SparseSymbols, rows: int) -> float:
 def table(rows: list[dict]) -> list[str]:
     """A line a case and suite."""
     lines = [
-        "| suite | D | sparsity | pattern | ms | TFLOP/s | over linear | ideal | efficiency | plan, µs |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| suite | D | sparsity | pattern | ms | TFLOP/s | over linear | ideal | efficiency |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for found in rows:
         case = found["case"]
         ideal = "–" if found["ideal"] is None else f"{found['ideal']:.2f}"
-        plan = "" if found["plan_us"] is None else f"{found['plan_us']:.1f}"
         cells = [
             *(found["suite"].removesuffix("_cuda"), str(case.get("order", "")), f"{case['sparsity']:g}"),
             *(case["pattern"], f"{found['ms']:.3f}", f"{found['gflops'] / 1e3:.0f}"),
-            *(f"{found['ratio']:.2f}", ideal, f"{found['efficiency']:.2f}", plan),
+            *(f"{found['ratio']:.2f}", ideal, f"{found['efficiency']:.2f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -38,13 +38,15 @@ class Native:
     """A native operator, called on torch's tensors.
 
     arguments: the names of its tensor arguments, in order; a "?" ends those that may be None.
+    counts: whether it counts, on a GPU, with the context's counter.
     """
 
-    __slots__ = ("function", "names", "required")
+    __slots__ = ("counts", "function", "names", "required")
 
-    def __init__(self, function: str, arguments: str):
+    def __init__(self, function: str, arguments: str, counts: bool = False):
         names = arguments.split(", ")
         self.function = function
+        self.counts = counts
         self.names = tuple(name.rstrip("?") for name in names)
         self.required = tuple(i for i, name in enumerate(names) if not name.endswith("?"))
 
@@ -72,7 +74,10 @@ class Native:
         """Calls it on the device of the first tensor; ValueError for tensors without plain memory."""
         like = arguments[0]
         try:
-            (_invoke_on_cpu if like.is_cpu else _invoke_on_gpu)(self.function, like, arguments)
+            if like.is_cpu:
+                _invoke_on_cpu(self.function, arguments)
+            else:
+                _invoke_on_gpu(self, like, arguments)
         except Exception:
             # What has no plain memory cannot be handed over, and whoever finds that out knows no name.
             for name, tensor in zip(self.names, arguments, strict=False):
@@ -123,7 +128,7 @@ def _expect_plain_memory(name: str, tensor: Tensor) -> None:
     raise ValueError(f"{name}: expected a tensor with plain memory, got {unusual}")
 
 
-def _invoke_on_cpu(function: str, like: Tensor, arguments: tuple) -> None:
+def _invoke_on_cpu(function: str, arguments: tuple) -> None:
     """Each thread keeps one workspace, grown as needed."""
     native = getattr(library, function)
     workspaces = _local.__dict__
@@ -137,27 +142,69 @@ def _invoke_on_cpu(function: str, like: Tensor, arguments: tuple) -> None:
         native(*arguments, workspace, threads)
 
 
-def _invoke_on_gpu(function: str, like: Tensor, arguments: tuple) -> None:
-    """Work on one stream runs in order, so each thread keeps a workspace a stream for all its calls there.
-    Under capture it comes from the graph's own memory, since a graph may be replayed on any stream.
+def _invoke_on_gpu(operator: Native, like: Tensor, arguments: tuple) -> None:
+    """Work on one stream runs in order, so each thread keeps a workspace and a counter a stream for all its
+    calls there. Under capture the workspace comes from the graph's own memory, and the counter is the call's
+    own, since a graph may be replayed on any stream.
     """
     index = like.get_device()
     if index not in _ready:
         _make_ready(like)
-    native = getattr(library, function)
+    native = getattr(library, operator.function)
     if _is_capturing():
         needed = native(*arguments, None, 0)
-        native(*arguments, _workspace(like.device, needed), 0)
+        counter = _counters[index].take() if operator.counts else 0
+        native(*arguments, _workspace(like.device, needed), counter)
         return
-    workspaces = _local.__dict__
+    kept = _local.__dict__
     key = (index, _raw_stream(index))
-    workspace = workspaces.get(key)
-    if workspace is None:
-        workspace = workspaces[key] = _workspace(like.device, _FIRST_BYTES)
-    needed = native(*arguments, workspace, 0)
+    mine = kept.get(key)
+    if mine is None:
+        counter = _counters[index].take() if index in _ready else 0
+        mine = kept[key] = (_workspace(like.device, _FIRST_BYTES), counter)
+    workspace, counter = mine
+    needed = native(*arguments, workspace, counter)
     if needed:
-        workspace = workspaces[key] = _workspace(like.device, needed)
-        native(*arguments, workspace, 0)
+        workspace = _workspace(like.device, needed)
+        kept[key] = (workspace, counter)
+        native(*arguments, workspace, counter)
+
+
+class _Counters:
+    """Numbers in a GPU's memory that operators count with. Each is 0 before a call and after it, so that
+    nothing has to set it to 0. They are not given back, since a graph may be replayed at any time.
+    """
+
+    _MANY, _BYTES = 1 << 18, 4
+
+    def __init__(self, index: int):
+        self._index = index
+        self._lock = threading.Lock()
+        self._memory: list[Tensor] = []
+        self._next = self._end = 0
+
+    def take(self) -> int:
+        """The address of one; 0, for none, under capture if none is left, as memory cannot be set then."""
+        with self._lock:
+            if self._next == self._end and not self._add():
+                return 0
+            address = self._next
+            self._next += self._BYTES
+            return address
+
+    def _add(self) -> bool:
+        if _is_capturing():
+            return False
+        with torch.inference_mode(False):
+            zeros = torch.zeros(self._MANY, dtype=torch.int32, device=f"cuda:{self._index}")
+        torch.cuda.current_stream(self._index).synchronize()  # other streams use them
+        self._memory.append(zeros)
+        self._next = zeros.data_ptr()
+        self._end = self._next + self._MANY * self._BYTES
+        return True
+
+
+_counters: dict[int, _Counters] = {}
 
 
 def _make_ready(like: Tensor) -> None:
@@ -165,8 +212,10 @@ def _make_ready(like: Tensor) -> None:
     if like.is_cuda:
         from flashomni import jit
 
-        jit.ensure(like.get_device())
-        _ready.add(like.get_device())
+        index = like.get_device()
+        jit.ensure(index)
+        _counters.setdefault(index, _Counters(index))
+        _ready.add(index)
 
 
 def _raw_stream(index: int) -> int:

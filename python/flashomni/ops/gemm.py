@@ -22,16 +22,18 @@ from flashomni.symbols import SparseSymbols
 
 _ORDERS = 4
 _ACTIVATIONS = {None: 0, "gelu_tanh": 1, "gelu": 2}
-_Q = Native("gemm_q", "x, weight, bias?, symbols.cache?, symbols.cache_indptr?, out?")
+_Q = Native("gemm_q", "x, weight, bias?, symbols.cache?, symbols.cache_indptr?, out?", counts=True)
 _UPDATE = Native(
     "gemm_o_update",
     "o, derivatives?, derivatives?, derivatives?, past?, weight, bias?, symbols.cache?, "
     "symbols.cache_indptr?, out?, cached?, cached?, cached?, cached?",
+    counts=True,
 )
 _DISPATCH = Native(
     "gemm_o_dispatch",
     "o, past?, weight, cached, cached?, cached?, cached?, coefficients, symbols.cache?, "
     "symbols.cache_indptr?, out?",
+    counts=True,
 )
 
 

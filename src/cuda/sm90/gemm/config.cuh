@@ -25,7 +25,9 @@ struct GemmSizes {
   static constexpr uint32_t kStagingBytes = 64 * kWide * 2;  // the output of one consumer
 };
 
-template <class Element_, class Tile_>
+struct NoPlan {};
+
+template <class Element_, class Tile_, class Plan = NoPlan>
 struct GemmConfig : GemmSizes {
   using Element = Element_;
   using Tile = Tile_;
@@ -39,6 +41,7 @@ struct GemmConfig : GemmSizes {
     uint32_t step[kStages];  // GEMM-O: bit i, consumer i takes the stage
     float coefficient[4];    // GEMM-O
     int claimed[kTileSlots];
+    Plan plan;  // GEMM-Q
     // barrier | full: arrivals, by     | empty: arrivals, by                   | guards
     // tiles   | 32, scheduler lanes    | every lane: loader, storer, consumers | tile
     // stages  | 1 + bytes, loaders     | consumer warps of the cluster         | stage; of this block: step

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
+#include "src/cuda/sm90/gemm/counter.h"
 #include "src/cuda/sm90/gemm/gemm_o_consumer.cuh"
 #include "src/cuda/sm90/gemm/host.h"
-#include "src/cuda/sm90/gemm/plan.h"
 
 namespace flashomni::cuda::sm90 {
 namespace {
@@ -19,7 +19,7 @@ int ceil_of(int64_t value, int64_t unit) {
 /// What Update and Dispatch share.
 OParameters parameters_of(const TensorView& o, const char* o_name, const TensorView& past,
                           const TensorView& weight, const TensorView& out, int orders, int64_t head_dim,
-                          const TileSymbols& tiles, const Context& context) {
+                          const TileSymbols& tiles) {
   check_sizes(o, o_name);
   check_sizes(weight, "weight");
   check_size(tiles.row_offset, "row_offset");
@@ -35,7 +35,6 @@ OParameters parameters_of(const TensorView& o, const char* o_name, const TensorV
   }
   p.out = output_of(out, 1, 64, "out");
   p.cache = bits_of(tiles.cache, tiles.cache_indptr);
-  p.next = static_cast<int*>(context.workspace);
   p.weight_policy = weight_policy(weight);
   p.orders = orders, p.heads = static_cast<int>(tiles.heads), p.head_dim = static_cast<int>(head_dim);
   p.block_q = tiles.block_q, p.first_block = blocks.first;
@@ -63,7 +62,7 @@ void divide(OParameters& p, int device) {
 void launch(OParameters& p, DType dtype, int device, const Context& context) {
   divide(p, device);
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  launch_o_plan(p.next, device, stream);
+  p.counter = zero_counter(context, device);
   if (dtype == DType::kFloat16)
     launch_gemm<GemmO<__half>>(p, device, stream);
   else
@@ -81,7 +80,7 @@ size_t gemm_o_dispatch_workspace(const GemmODispatchArguments&, const Context&) 
 
 void gemm_o_update(const GemmOUpdateArguments& a, const Context& context) {
   OParameters p =
-      parameters_of(a.o[0], kO[0], a.past, a.weight, a.out, a.orders, a.head_dim, a.tiles, context);
+      parameters_of(a.o[0], kO[0], a.past, a.weight, a.out, a.orders, a.head_dim, a.tiles);
   for (int i = 1; i < a.orders; ++i) p.o[i] = matrix_map(a.o[i], 0, a.tiles.heads, a.head_dim, 64, kO[i]);
   for (int i = 0; i < a.orders; ++i) p.cached[i] = output_of(a.cached[i], 1, 64, kCached[i]);
   p.bias = a.bias.present() ? a.bias.data : nullptr;
@@ -90,7 +89,7 @@ void gemm_o_update(const GemmOUpdateArguments& a, const Context& context) {
 }
 
 void gemm_o_dispatch(const GemmODispatchArguments& a, const Context& context) {
-  OParameters p = parameters_of(a.o, "o", a.past, a.weight, a.out, a.orders, a.head_dim, a.tiles, context);
+  OParameters p = parameters_of(a.o, "o", a.past, a.weight, a.out, a.orders, a.head_dim, a.tiles);
   for (int i = 0; i < a.orders; ++i) p.cached[i] = output_of(a.cached[i], 1, 64, kCached[i]);
   p.coefficients = a.coefficients.as<const float>();
   p.coefficient_stride = a.coefficients.strides[0];

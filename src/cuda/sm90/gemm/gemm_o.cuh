@@ -30,7 +30,7 @@ struct OParameters {
   CUtensorMap o_past, weight_past;          // the columns past the heads
   OutputMatrix cached[kMaxOrder + 1], out;  // cached: a Dispatch reads it
   Bits cache;
-  int* next;                  // tile to claim beyond the first round
+  int* counter;               // of claims
   const void* bias;           // Update: one a feature, or null
   const float* coefficients;  // Dispatch; null: an Update
   int64_t coefficient_stride;
@@ -95,11 +95,11 @@ struct OScheduler : GemmScheduler<Config> {
   const OParameters& p;
 
   __device__ OScheduler(typename Config::Shared& shared, const OParameters& p)
-      : GemmScheduler<Config>{shared, p.sharers}, p(p) {}
+      : GemmScheduler<Config>{shared, p.counter, p.sharers}, p(p) {}
 
   __device__ void run() {
     bool published = false;
-    for (int item = this->first(); item < p.items; item = this->claim(p.next, published))
+    for (int item = this->first(); item < p.items; item = this->claim(p.items, published))
       published = publish(item);
     this->published.wait_empty_relaxed(this->shared.tiles);
     this->shared.tile[this->published.slot()].steps[0] = kNoMoreWork;

@@ -4,38 +4,20 @@
 
 #include <cuda.h>
 
-#include <climits>
-
 #include "flashomni/gemm.h"
 #include "src/cuda/sm90/gemm/consumer.cuh"
 #include "src/cuda/sm90/gemm/kernel.cuh"
+#include "src/cuda/sm90/gemm/gemm_q_plan.cuh"
 
 namespace flashomni::cuda::sm90 {
 
-inline constexpr int kNoRow = INT_MIN;
 inline constexpr int kMostBlocks = 4;       // row blocks a tile: 2 of 128 tokens, or 4 of 64
 inline constexpr int kGroupFeatures = 128;  // of a head, a tile
-inline constexpr int kMostSharers = 2;      // blocks of a cluster, whose tiles share the tokens or the weight
-
-/// A cluster's tiles as the plan lists them. Where they share the weight: the same 128 features, each block
-/// has row blocks of its own. Where they share the tokens: neighbouring features, and the row blocks of rank
-/// 0.
-struct QItem {
-  // First token of each row block, below 0 where rows lie before the matrix; or kNoRow.
-  int row[kMostSharers][kMostBlocks];
-  int batch_head, group;  // batch * heads + head; which 128 features, or which pair of them
-  int unused[2];
-};
-
-/// What the plan leaves for the kernel.
-struct QControl {
-  int items;
-  int next;  // item to claim beyond the first round
-};
+inline constexpr int kMostSharers = 2;      // blocks of a cluster
 
 struct QTile {
   int steps;  // kNoMoreWork ends the loop
-  int row[kMostBlocks], blocks;
+  int row[kMostBlocks], blocks;  // the first tokens of its row blocks, below 0 where rows lie before the matrix
   int feature, column, head, batch;  // feature: row of the weight; column: of the head
   bool wide;                         // more than 128 tokens
   bool one_panel;                    // 64 features or fewer: the consumers share them, and halve the tokens
@@ -45,48 +27,57 @@ struct QTile {
 struct QParameters {
   CUtensorMap x, weight;
   OutputMatrix out;
-  const QItem* items;
-  QControl* control;
+  QProblem problem;
+  unsigned char* tables;  // the blocks' plans, where shared memory does not hold them; or null
+  int* counter;           // of claims
   const void* bias;  // one a feature, or null
   uint64_t weight_policy;
-  int steps, heads, head_features, block_q;
+  int steps, head_features;
   int sharers;
-  bool shares_tokens;  // not the weight; of one block: by itself
+  bool shares_tokens;  // of a cluster, not the weight; of one block: by itself
   Activation activation;
 };
 
-/// Claims tiles ahead of the other warps and tells them.
+/// Where this block's table lies.
+template <class Config>
+__device__ QPlan plan_of(typename Config::Shared& shared, const QParameters& p) {
+  return QPlan(p.problem, p.tables == nullptr ? shared.plan.bytes
+                                              : p.tables + blockIdx.x * QPlanStorage::needed(p.problem));
+}
+
+/// Claims tiles ahead of the other warps and tells them. A cluster's tiles share the tokens, of neighbouring
+/// features, or the weight, the same 128 features: then each has half of the item's row blocks.
 template <class Config>
 struct QScheduler : GemmScheduler<Config> {
   using Element = typename Config::Element;
   const QParameters& p;
+  const QPlan plan;
 
   __device__ QScheduler(typename Config::Shared& shared, const QParameters& p)
-      : GemmScheduler<Config>{shared, p.sharers}, p(p) {}
+      : GemmScheduler<Config>{shared, p.counter, p.sharers}, p(p), plan(plan_of<Config>(shared, p)) {}
 
   __device__ void run() {
-    const int items = p.control->items;
-    for (int item = this->first(); item < items; item = this->claim(&p.control->next)) publish(p.items[item]);
+    const int items = plan.items(this->clusters());
+    for (int item = this->first(); item < items; item = this->claim(items)) publish(plan.find(item, this->clusters()));
     this->published.wait_empty_relaxed(this->shared.tiles);
     this->shared.tile[this->published.slot()].steps = kNoMoreWork;
     this->hand_on();
   }
 
-  __device__ void publish(const QItem& item) {
+  __device__ void publish(QItem item) {
     const int lane = ptx_ops::lane_index(), rank = ptx_ops::cluster_rank();
-    const int* row = item.row[p.shares_tokens ? 0 : rank];
     const int group = p.shares_tokens ? item.group * p.sharers + rank : item.group;
-    const int column = group * kGroupFeatures, batch_head = item.batch_head, head = batch_head % p.heads;
+    if (!p.shares_tokens) (rank == 0 ? item.last : item.first) = item.first + (item.last - item.first + 1) / 2;
+    const int blocks = item.last - item.first, column = group * kGroupFeatures;
+    const int batch = item.list / p.problem.heads, head = item.list - batch * p.problem.heads;
     const int feature = head * p.head_features + column, features = p.head_features - column;
     this->published.wait_empty_relaxed(this->shared.tiles);
     QTile& tile = this->shared.tile[this->published.slot()];
+    plan.write_rows(item.list, item.first, item.last, tile.row);
     if (lane == 0) {
-      int blocks = 0;
-#pragma unroll
-      for (int i = 0; i < kMostBlocks; ++i) blocks += row[i] != kNoRow, tile.row[i] = row[i];
       tile.steps = p.steps, tile.blocks = blocks;
-      tile.feature = feature, tile.column = column, tile.head = head, tile.batch = batch_head / p.heads;
-      tile.wide = blocks * p.block_q > 128, tile.one_panel = features <= 64;
+      tile.feature = feature, tile.column = column, tile.head = head, tile.batch = batch;
+      tile.wide = blocks * p.problem.block_q > 128, tile.one_panel = features <= 64;
     }
     if (p.bias != nullptr)
       for (int i = lane; i < min(features, kGroupFeatures); i += 32)
@@ -128,12 +119,12 @@ struct QLoader {
     const uint32_t weight = ptx_ops::shared_address(shared.stage[stages.slot()]);
     const uint32_t tokens = weight + Config::kNarrowBytes;
     const int panels = tile.one_panel ? 1 : 2;
-    ptx_ops::arrive_expect_bytes(full, (panels * 64 + tile.blocks * p.block_q) * Config::kRowBytes);
+    ptx_ops::arrive_expect_bytes(full, (panels * 64 + tile.blocks * p.problem.block_q) * Config::kRowBytes);
     for (int i = 0; i < panels; ++i)
       load(!p.shares_tokens, i, weight + i * 64 * Config::kRowBytes, p.weight, full,
            {column, tile.feature + 64 * i, 0, 0}, p.weight_policy);
     for (int i = 0; i < tile.blocks; ++i)
-      load(p.shares_tokens, i, tokens + i * p.block_q * Config::kRowBytes, p.x, full,
+      load(p.shares_tokens, i, tokens + i * p.problem.block_q * Config::kRowBytes, p.x, full,
            {column, tile.row[i], 0, tile.batch}, ptx_ops::kEvictNormal);
   }
   __device__ void load(bool shared_by_all, int i, uint32_t to, const CUtensorMap& map, uint64_t& full,
@@ -165,11 +156,11 @@ struct QStorer : GemmStorer<Config> {
 
   /// [tokens][64 features] is what a consumer staged: of all row blocks, or of half of them.
   __device__ void copy(const QTile& tile, int consumer) {
-    const int skipped = tile.one_panel ? consumer * (128 / p.block_q) : 0;
-    const int end = tile.one_panel ? min(tile.blocks, skipped + 128 / p.block_q) : tile.blocks;
+    const int skipped = tile.one_panel ? consumer * (128 / p.problem.block_q) : 0;
+    const int end = tile.one_panel ? min(tile.blocks, skipped + 128 / p.problem.block_q) : tile.blocks;
     const int column = tile.column + (tile.one_panel ? 0 : 64 * consumer);
     for (int i = skipped; i < end; ++i)
-      p.out.store(this->shared.staging + (i - skipped) * p.block_q * Config::kRowBytes, p.block_q,
+      p.out.store(this->shared.staging + (i - skipped) * p.problem.block_q * Config::kRowBytes, p.problem.block_q,
                   {column, tile.row[i], tile.head, tile.batch}, this->leader);
   }
 };

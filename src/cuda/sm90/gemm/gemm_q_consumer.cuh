@@ -101,7 +101,7 @@ struct QConsumer : GemmConsumer<Config> {
 
 template <class Element>
 struct GemmQ {
-  using Config = GemmConfig<Element, QTile>;
+  using Config = GemmConfig<Element, QTile, QPlanStorage>;
   using Parameters = QParameters;
   using Scheduler = QScheduler<Config>;
   using Loader = QLoader<Config>;
@@ -110,7 +110,9 @@ struct GemmQ {
   __device__ static void prefetch_maps(const QParameters& p) {
     for (const CUtensorMap* map : {&p.x, &p.weight, &p.out.map}) ptx_ops::prefetch_tensor_map(map);
   }
-  __device__ static void prepare(typename Config::Shared&, const QParameters&) {}
+  __device__ static void prepare(typename Config::Shared& shared, const QParameters& p) {
+    plan_of<Config>(shared, p).make(Config::kThreads);
+  }
 };
 
 }  // namespace flashomni::cuda::sm90

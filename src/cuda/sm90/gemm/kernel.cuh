@@ -13,7 +13,7 @@
 namespace flashomni::cuda::sm90 {
 
 /// Roles: a Config, Parameters, and the Scheduler, Loader, Storer and Consumer that work on its Shared;
-/// prefetch_maps(), before anything else, by one thread; prepare(), when the plan has ended, by all.
+/// prefetch_maps(), before anything else, by one thread; prepare(), when what came before has ended, by all.
 template <class Roles>
 __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
     gemm_kernel(const __grid_constant__ typename Roles::Parameters p) {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(GemmSizes::kThreads, 1)
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
     Roles::prefetch_maps(p);
   }
-  cudaGridDependencySynchronize();  // the plan's list, and all that came before it
+  cudaGridDependencySynchronize();
   Roles::prepare(shared, p);
   if (p.sharers > 1)
     ptx_ops::cluster_sync();
@@ -56,7 +56,7 @@ inline int clusters_of(int device, int sharers) {
   return multiprocessors(device) / sharers;
 }
 
-/// Launches on every SM of `device`, early: the kernel itself waits for the plan before it.
+/// Launches on every SM of `device`, early: the kernel itself waits for what comes before it.
 template <class Roles>
 void launch_gemm(const typename Roles::Parameters& p, int device, cudaStream_t stream) {
   using Config = typename Roles::Config;
@@ -86,15 +86,17 @@ template <class Config>
 struct GemmScheduler {
   using Shared = typename Config::Shared;
   Shared& shared;
+  int* const counter;  // of claims beyond the first round: zero before the kernel and after it
   const int sharers;
   RingCursor<Config::kTileSlots> published, claims;
   uint32_t asked_phase = 0;
 
+  __device__ int clusters() const { return static_cast<int>(gridDim.x) / sharers; }
   __device__ int first() const { return static_cast<int>(blockIdx.x) / sharers; }
-  /// The cluster's next tile, once the loader of rank 0 is about to need it: the first round's have the
+  /// The cluster's next tile of `items`, once the loader of rank 0 is about to need it: the first round's have the
   /// clusters' own numbers. Not `waits`: at once, since the last one claimed was not published.
-  __device__ int claim(int* counter, bool waits = true) {
-    const int claimed = ptx_ops::cluster_rank() == 0 ? claim_and_tell(counter, waits) : hear();
+  __device__ int claim(int items, bool waits = true) {
+    const int claimed = ptx_ops::cluster_rank() == 0 ? claim_and_tell(items, waits) : hear();
     claims.advance();
     return claimed;
   }
@@ -104,13 +106,18 @@ struct GemmScheduler {
   }
 
  private:
-  __device__ int claim_and_tell(int* counter, bool waits) {
+  __device__ int claim_and_tell(int items, bool waits) {
     if (waits) {
       ptx_ops::wait_parity_relaxed(shared.asked, asked_phase);
       asked_phase ^= 1;
     }
     int claimed = 0;
-    if (ptx_ops::lane_index() == 0) claimed = static_cast<int>(gridDim.x) / sharers + atomicAdd(counter, 1);
+    if (ptx_ops::lane_index() == 0) {
+      const int before = atomicAdd(counter, 1);
+      // Every cluster that began claims until it is refused: in all as many times as there are items.
+      if (before == items - 1) *counter = 0;
+      claimed = clusters() + before;
+    }
     if (sharers > 1) {
       claims.wait_empty_relaxed(shared.claims);
       const int slot = claims.slot();
