@@ -18,6 +18,8 @@ struct Consumer {
   static constexpr int kQueryChunks = kHeadDim / 16, kKeyChunks = kStep / 16;  // of 16, what one wgmma reduces
   static constexpr uint32_t kQueryPanel = Config::kConsumerRows * 128, kKvPanel = kStep * 128;
   static constexpr bool kTakesTurns = Config::kConsumers == 2;
+  // A CTA's first tile runs through the code that stands between two tiles, or that would be fetched for it alone.
+  static constexpr bool kBeginsBetween = Config::kOverlapsTiles && Config::kConsumers == 2;
 
   Shared& shared;
   const AttentionParameters& p;
@@ -96,8 +98,9 @@ struct Consumer {
     return next_slot();
   }
 
-  __device__ int issue_output(const Fragments& probabilities, bool accumulate) {
-    blocks.wait_full(shared.blocks);
+  // `nothing`: a product of whatever lies there, which nobody reads.
+  __device__ int issue_output(const Fragments& probabilities, bool accumulate, bool nothing = false) {
+    if (!nothing) blocks.wait_full(shared.blocks);
     const uint32_t v =
         ptx_ops::descriptor_mn_major(ptx_ops::shared_address(shared.ring[blocks.slot()]), kKvPanel);
     ptx_ops::wgmma_fence();
@@ -106,8 +109,9 @@ struct Consumer {
       ptx_ops::Wgmma<Element, kHeadDim, ptx_ops::Major::kMN>::rs(
           output, probabilities[c], ptx_ops::descriptor(v + (c * 16 * 128 >> 4)), c > 0 || accumulate);
     ptx_ops::wgmma_commit();
-    return next_slot();
+    return nothing ? kNoSlot : next_slot();
   }
+  static constexpr int kNoSlot = -1;
 
   __device__ int next_slot() {
     const int slot = blocks.slot();
@@ -126,7 +130,7 @@ struct Consumer {
   __device__ void output_ready(int slot) {
     ptx_ops::wgmma_wait<0>();
     ptx_ops::pin(output);
-    release(slot);
+    if (slot != kNoSlot) release(slot);
   }
 
   // ---- epilogue ----
@@ -399,6 +403,13 @@ struct Consumer {
     }
   }
 
+  // The current tile's first step, with nothing beside it.
+  __device__ void begin_alone() {
+    const int slot = issue_scores();
+    pass_turn();
+    scores_ready<0>(slot);
+    first_softmax<true>(whole_steps(current()) == 0, even);
+  }
   // The last product and the end of the current tile, with nothing beside them.
   __device__ void finish_alone() {
     wait_turn();
@@ -423,30 +434,34 @@ struct Consumer {
         finish_empty();
         continue;
       }
-      const int first_slot = issue_scores();
-      pass_turn();
-      scores_ready<0>(first_slot);
-      first_softmax<true>(whole_steps(current()) == 0, even);
+      bool begins = kBeginsBetween && whole_steps(current()) > 0;
+      if (!begins) begin_alone();
 
-      for (int n = 1;;) {
-        remaining_steps(n);
-        wait_next_tile();
-        if (!next_overlaps()) {
-          finish_alone();
-          break;
+      for (int n = 1;; begins = false) {
+        bool accumulate = false;
+        if (!begins) {
+          remaining_steps(n);
+          wait_next_tile();
+          if (!next_overlaps()) {
+            finish_alone();
+            break;
+          }
+          accumulate = current().steps > 1;
+          ++taken;
+          wait_query();
         }
         // The next tile's first step runs with this tile's last product, and this tile's epilogue under the
         // scores of the next tile's second step.
-        const bool accumulate = current().steps > 1;
-        ++taken;
-        wait_query();
-        const int k_slot = issue_scores(), v_slot = issue_output(even, accumulate);
+        const int k_slot = issue_scores(), v_slot = issue_output(even, accumulate, begins);
         pass_turn();
-        const Inverse inverse = close(shared.tile[tile_slot(1)]);
+        Inverse inverse{};
+        if (!begins) inverse = close(shared.tile[tile_slot(1)]);
         scores_ready<1>(k_slot);
         first_softmax<false>(false, odd);
         output_ready(v_slot);
-        const auto write = [&] { write_output(1, inverse); };
+        const auto write = [&] {
+          if (!begins) write_output(1, inverse);
+        };
         if (whole_steps(current()) == 1) {
           write();
           ptx_ops::move_registers(even, odd);
