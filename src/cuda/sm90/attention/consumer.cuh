@@ -109,9 +109,8 @@ struct Consumer {
       ptx_ops::Wgmma<Element, kHeadDim, ptx_ops::Major::kMN>::rs(
           output, probabilities[c], ptx_ops::descriptor(v + (c * 16 * 128 >> 4)), c > 0 || accumulate);
     ptx_ops::wgmma_commit();
-    return nothing ? kNoSlot : next_slot();
+    return nothing ? 0 : next_slot();
   }
-  static constexpr int kNoSlot = -1;
 
   __device__ int next_slot() {
     const int slot = blocks.slot();
@@ -130,7 +129,7 @@ struct Consumer {
   __device__ void output_ready(int slot) {
     ptx_ops::wgmma_wait<0>();
     ptx_ops::pin(output);
-    if (slot != kNoSlot) release(slot);
+    release(slot);
   }
 
   // ---- epilogue ----
@@ -458,7 +457,12 @@ struct Consumer {
         if (!begins) inverse = close(shared.tile[tile_slot(1)]);
         scores_ready<1>(k_slot);
         first_softmax<false>(false, odd);
-        output_ready(v_slot);
+        if (begins) {
+          ptx_ops::wgmma_wait<0>();
+          ptx_ops::pin(output);
+        } else {
+          output_ready(v_slot);
+        }
         const auto write = [&] {
           if (!begins) write_output(1, inverse);
         };
