@@ -4,10 +4,11 @@
     python tools/gpu_record.py check [FILE ...]     # exit code 1 where a record is not of today's sources
     python tools/gpu_record.py docs                 # writes docs/gpu-results.md from the records
 
-`measure` writes FOLDER/<gpu>.json (bench/results unless given) part by part: parts of the same sources are
-kept, so that a record can be made in several goes. Without names it makes all parts but e2e: whole models, of
-which e2e-NAME is one. It needs pytest, and compute-sanitizer from CUDA's toolkit; FlashAttention-3 stands
-beside ours where PyPI's fa3-fwd is installed.
+`measure` writes FOLDER/<gpu>.json (bench/results unless given) part by part, each with the digest of the
+sources that it is of; other parts are kept, so that a record can be made in several goes. Without names it
+makes all parts but e2e: whole models, of which e2e-NAME is one. `check` wants the former of today's sources;
+models of earlier kernels stay, and say so. It needs pytest, and compute-sanitizer from CUDA's toolkit;
+FlashAttention-3 stands beside ours where PyPI's fa3-fwd is installed.
 """
 
 from __future__ import annotations
@@ -242,16 +243,13 @@ def read(path: Path) -> dict:
 def measure(folder: Path, parts: list[str], rounds: int) -> int:
     here, sources = machine(), digest()
     path = folder / f"{slug(here['gpu'])}.json"
-    record = read(path)
-    if record.get("sources") != sources:
-        record = {"sources": sources}
-    record["machine"] = here
+    record = {**read(path), "machine": here}
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"e2e-{case}" for case in E2E]
     for name in [n for part in parts or PARTS for n in (names if part == "e2e" else [part])]:
         made = PARTS[name](rounds) if name in PARTS else end_to_end(name.removeprefix("e2e-"))
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record[name] = {"date": date, **made}
+        record[name] = {"date": date, "sources": sources, **made}
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     missing = [name for name in PARTS if name not in record]
     print(f"record: {path}" + (f"; still without {', '.join(missing)}" if missing else ""))
@@ -268,17 +266,26 @@ def faults(record: dict) -> list[str]:
     return found
 
 
+def models(record: dict) -> list[str]:
+    """The end-to-end parts that a record has."""
+    return [f"e2e-{case}" for case in E2E if f"e2e-{case}" in record]
+
+
 def check(paths: list[Path]) -> int:
     today, bad = digest(), 0
     for path in paths or sorted(RESULTS.glob("*.json")):
         record = read(path)
         wrong = faults(record)
-        if record.get("sources") != today:
-            wrong.insert(
-                0, f"of sources {record.get('sources', 'unknown')[:12]}, and today's are {today[:12]}"
-            )
-        wrong += [f"has no {name}" for name in PARTS if name not in record]
+        for name in PARTS:
+            if name not in record:
+                wrong.append(f"has no {name}")
+            elif record[name]["sources"] != today:
+                of = record[name]["sources"][:12]
+                wrong.append(f"{name} of sources {of}, and today's are {today[:12]}")
         print(f"{path.name}: " + ("; ".join(wrong) or "of today's sources, complete, without faults"))
+        earlier = [name for name in models(record) if record[name]["sources"] != today]
+        if earlier:
+            print(f"{path.name}: of earlier kernels: {', '.join(earlier)}")
         bad += bool(wrong)
     if not paths and not any(RESULTS.glob("*.json")):
         print("no record: make gpu-record, on a machine with a GPU")
@@ -409,13 +416,14 @@ def timeline_lines(runs: list[dict]) -> list[str]:
 
 def document(record: dict) -> list[str]:
     """One GPU's section of the results page."""
-    here, lines = record["machine"], []
+    here, today, lines = record["machine"], digest(), []
     lines += [f"## {here['gpu']}", ""]
     lines += [
-        f"Driver {here['driver']}, {here['power_limit']}, torch {here['torch']}, "
-        f"sources `{record['sources'][:12]}`.",
+        f"Driver {here['driver']}, {here['power_limit']}, torch {here['torch']}, sources `{today[:12]}`.",
         "",
     ]
+    earlier = [name for name in PARTS if record.get(name, {}).get("sources", today) != today]
+    lines += [f"Of earlier sources: {', '.join(earlier)}.", ""] if earlier else []
     if "tests" in record:
         t = record["tests"]
         passed = t["tests"] - t["failures"] - t["errors"] - t["skipped"]
@@ -451,9 +459,11 @@ def document(record: dict) -> list[str]:
         lines += select_lines([found for found in bench["rows"] if found["suite"] in suites])
         host = ", ".join(f"{name} {us:.1f} µs" for name, us in bench["host_us"].items())
         lines += [f"Host time of an eager call: {host}.", ""]
-    for case in E2E:
-        if f"e2e-{case}" in record:
-            lines += end_to_end_lines(record[f"e2e-{case}"]["rows"])
+    for name in models(record):
+        section = end_to_end_lines(record[name]["rows"])
+        if record[name]["sources"] != today:
+            section[2:2] = [f"With earlier kernels (sources `{record[name]['sources'][:12]}`).", ""]
+        lines += section
     return lines
 
 

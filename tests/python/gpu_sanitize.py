@@ -3,6 +3,8 @@ also solved in float64, so that what the sanitizer saw was right."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import gpu_gemm_problems as gemm_problems
 import reference
 import torch
@@ -54,6 +56,8 @@ def gemm() -> int:
     q.append(
         gemm_problems.make_problem(torch.bfloat16, 900, 1, 128, 128, 1.0, for_q=True, width=1600)
     )  # split
+    # A plan that shared memory does not hold.
+    q.append(gemm_problems.make_problem(torch.bfloat16, 300, 50, 8, 400, 0.5, for_q=True, width=64, batch=20))
     o = [
         gemm_problems.make_problem(dtype, 400, 3, dim, 264, 0.5, past=40, order=1, **options)
         for dtype in (torch.bfloat16, torch.float16)
@@ -64,9 +68,10 @@ def gemm() -> int:
             {"block": 64, "apart": True, "keep_rows": True},
         )
     ]
-    for p in q:
+    for i, p in enumerate(q):
         out = p.output()
-        gemm_problems.run_q(p, "gelu", out)
+        with gemm_problems.without_counter() if i % 4 == 3 else nullcontext():
+            gemm_problems.run_q(p, "gelu", out)
         gemm_problems.check_q(p, "gelu", out)
     for p in o:
         out, cached, factors = p.output(), [p.output(), p.output()], torch.tensor([1.0, 2.0], device="cuda")

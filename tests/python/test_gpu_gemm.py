@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import nullcontext
 
 import gpu_gemm_problems as problems
 import pytest
@@ -53,7 +54,8 @@ def solve_dispatch(p: Problem, cached: list[torch.Tensor], coefficients: list[fl
 def test_random_problems_of_gemm_q() -> None:
     for seed in SEEDS:
         try:
-            solve_q(random_problem(seed, for_q=True), random.Random(seed).choice(problems.ACTIVATIONS))
+            with problems.without_counter() if seed % 4 == 3 else nullcontext():
+                solve_q(random_problem(seed, for_q=True), random.Random(seed).choice(problems.ACTIVATIONS))
         except AssertionError as error:
             raise AssertionError(f"random_problem({seed}, for_q=True): {error}") from None
 
@@ -61,7 +63,8 @@ def test_random_problems_of_gemm_q() -> None:
 def test_random_problems_of_gemm_o() -> None:
     for seed in SEEDS:
         try:
-            solve_o(random_problem(seed, for_q=False))
+            with problems.without_counter() if seed % 4 == 3 else nullcontext():
+                solve_o(random_problem(seed, for_q=False))
         except AssertionError as error:
             raise AssertionError(f"random_problem({seed}, for_q=False): {error}") from None
 
@@ -225,15 +228,14 @@ def test_counters_are_zero_again() -> None:
     assert not any(memory.any() for memory in counters._memory)
 
 
-def test_a_graph_without_a_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_without_a_counter() -> None:
     """Where none is left, the graph sets one of its own to zero."""
     q = make_problem(BF16, 20000, 5, 128, 640, 0.6, for_q=True, width=512)
     o = make_problem(BF16, 20000, 4, 128, 3072, 0.6, past=0)
     out_q, out, cached = q.output(), o.output(), [o.output()]
     problems.run_q(q, None, out_q)  # makes what a first call makes
-    monkeypatch.setattr(_dispatch._Counters, "take", lambda self: 0)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with problems.without_counter(), torch.cuda.graph(graph):
         problems.run_q(q, None, out_q)
         problems.run_update(o, out, cached)
     for _ in range(2):

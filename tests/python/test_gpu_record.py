@@ -1,5 +1,6 @@
-"""The digest by which a GPU record is of today's sources."""
+"""The digest by which a GPU record is of today's sources, and what is asked of a record."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -53,3 +54,27 @@ def test_every_file_counts(record, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert digest(a="int x;  // x", b="int y;") == first
     assert digest(a="int y;", b="int x;") != first
     assert digest(a="int x;", c="int y;") != first
+
+
+def test_check_wants_tests_and_benchmarks_of_today_and_names_models_of_earlier_kernels(
+    record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    today, earlier = {"sources": record.digest()}, {"sources": "0" * 64}
+    tools = {tool: {"errors": 0, "problems": 9} for tool in record.TOOLS}
+    whole = {"benchmarks": today, "tests": {**today, "failed": []}, "sanitizer": {**today, **tools}}
+
+    def checked(changes: dict) -> tuple[int, str]:
+        path = tmp_path / "h100.json"
+        path.write_text(json.dumps(whole | changes))
+        return record.check([path]), capsys.readouterr().out
+
+    assert checked({}) == (0, "h100.json: of today's sources, complete, without faults\n")
+    code, said = checked({"e2e-tiny-flux": today, "e2e-wan-14b": earlier})
+    assert code == 0
+    assert "of earlier kernels: e2e-wan-14b\n" in said
+    code, said = checked({"benchmarks": earlier})
+    assert code == 1
+    assert "benchmarks of sources 000000000000" in said
+    code, said = checked({"tests": {**today, "failed": ["test_attention"]}})
+    assert code == 1
+    assert "test test_attention failed" in said
