@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -40,15 +41,31 @@ SELECT_TOKENS = (33280, 4608)
 
 
 def digest() -> str:
-    """Of the kernels' sources as a compiler sees them: a comment or another layout makes no record stale."""
+    """Of the kernels' sources as a compiler sees them: a comment, another layout or a header that nothing
+    includes makes no record stale."""
     from flashomni.jit import sources
 
     found = sources.find()
+    texts = {name: (found.root / name).read_text(encoding="utf-8") for name in found.files}
+    started = [*found.units, *(name for name in texts if name.endswith((".map", ".options")))]
     lines = []
-    for name in found.files:
-        code = code_of((found.root / name).read_text(encoding="utf-8"))
-        lines.append(f"{name} {hashlib.sha256(code.encode()).hexdigest()}\n")
+    for name in sorted(included(texts, started)):
+        lines.append(f"{name} {hashlib.sha256(code_of(texts[name]).encode()).hexdigest()}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def included(texts: Mapping[str, str], started: Iterable[str]) -> set[str]:
+    """The files of `texts`, by their paths, that `started` and all they include are made of."""
+    found, waiting = set(), list(started)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for wanted in re.findall(r'^\s*#\s*include\s*["<]([^">]+)[">]', texts[name], flags=re.MULTILINE):
+            beside = (Path(name).parent / wanted).as_posix()
+            waiting += [path for path in (wanted, f"include/{wanted}", beside) if path in texts]
+    return found
 
 
 def code_of(text: str) -> str:

@@ -41,19 +41,41 @@ def test_code_does(record, old: str, new: str) -> None:
     assert record.code_of(CODE.replace(old, new)) != record.code_of(CODE)
 
 
-def test_every_file_counts(record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def digest(record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The digest of a tree of these files."""
     from flashomni.jit import sources
 
-    def digest(**files: str) -> str:
+    def of(files: dict[str, str]) -> str:
         for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
         monkeypatch.setattr(sources, "find", lambda: sources.Sources(tmp_path, tuple(sorted(files))))
         return record.digest()
 
-    first = digest(a="int x;", b="int y;")
-    assert digest(a="int x;  // x", b="int y;") == first
-    assert digest(a="int y;", b="int x;") != first
-    assert digest(a="int x;", c="int y;") != first
+    return of
+
+
+def test_every_file_counts(digest) -> None:
+    first = digest({"a.cu": "int x;", "b.cu": "int y;"})
+    assert digest({"a.cu": "int x;  // x", "b.cu": "int y;"}) == first
+    assert digest({"a.cu": "int y;", "b.cu": "int x;"}) != first
+    assert digest({"a.cu": "int x;", "c.cu": "int y;"}) != first
+    assert digest({"a.cu": "int x;", "b.cu": "int y;", "nvcc.options": "-O3"}) != first
+
+
+def test_headers_count_that_something_includes(digest) -> None:
+    unit = {"src/a.cu": '#include "src/b.cuh"\n#include "c.h"\n  # include <d.h>\n'}
+    headers = {
+        "src/b.cuh": '#include "src/e.cuh"\n',
+        "src/c.h": "",
+        "include/d.h": "",
+        "src/e.cuh": "int e;\n",
+    }
+    first = digest(unit | headers)
+    assert digest(unit | headers | {"src/dead.cuh": "int x;"}) == first
+    for name in headers:
+        assert digest(unit | headers | {name: headers[name] + "int x;"}) != first
 
 
 def test_check_wants_tests_and_benchmarks_of_today_and_names_models_of_earlier_kernels(
