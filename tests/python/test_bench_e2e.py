@@ -290,7 +290,7 @@ def test_a_whole_run_measures_every_step(monkeypatch):
     (ours,) = [r for r in rows if r["case"]["what"] == "run" and r["case"]["level"] != "dense"]
     assert not ours["composed"] and len(ours["by_key"]) == 9
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools")
-    lines = importlib.import_module("gpu_record").end_to_end_lines(json.loads(json.dumps(rows)))
+    lines = importlib.import_module("gpu_page").end_to_end_lines(json.loads(json.dumps(rows)))
     table = [line.split("|") for line in lines if line.startswith("|")]
     assert len(table) == 4 and len({len(cells) for cells in table}) == 1
     assert table[3][2].strip() == "density 0.6" and table[3][4].strip() == f"{ours['ratio']:.2f}"
