@@ -166,9 +166,6 @@ void threads(const Context& context) {
 }
 
 void workspace(const Context& context, size_t needed) {
-  if (reinterpret_cast<uintptr_t>(context.counter) % alignof(int32_t) != 0) {
-    fail(ErrorKind::kRuntime, "counter", "memory aligned to 4 bytes", text(context.counter));
-  }
   if (needed == 0) return;
   if (context.workspace == nullptr || context.workspace_bytes < needed) {
     throw WorkspaceError(needed, text("workspace: expected at least ", needed, " bytes, got ",
@@ -176,6 +173,12 @@ void workspace(const Context& context, size_t needed) {
   }
   if (reinterpret_cast<uintptr_t>(context.workspace) % 64 != 0) {
     fail(ErrorKind::kRuntime, "workspace", "memory aligned to 64 bytes", text(context.workspace));
+  }
+}
+
+void counter(const Context& context) {
+  if (reinterpret_cast<uintptr_t>(context.counter) % alignof(int32_t) != 0) {
+    fail(ErrorKind::kRuntime, "counter", "memory aligned to 4 bytes", text(context.counter));
   }
 }
 

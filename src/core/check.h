@@ -44,6 +44,7 @@ void block_pair(int64_t block_q, int64_t block_kv);
 /// first + rows <= tokens, first >= 0.
 void rows_within(int64_t first, int64_t rows, int64_t tokens, const char* rows_name);
 void threads(const Context& context);
+void counter(const Context& context);
 void workspace(const Context& context, size_t needed);
 
 /// int32 [batch + 1] (batch may be kAny); on the CPU also ascending and within 0 .. limit, the extent of

@@ -74,6 +74,7 @@ const Backend& check_all(const GemmQArguments& a, const Context& context) {
     fail(ErrorKind::kValue, "activation", "none, gelu_tanh or gelu", text(activation));
   }
   check::threads(context);
+  check::counter(context);
   return backend_for(a.x.device);
 }
 
@@ -100,6 +101,7 @@ const Backend& check_all(const GemmOUpdateArguments& a, const Context& context) 
     for (int j = 0; j < i; ++j) check::disjoint(cached, kCached[i], a.cached[j], kCached[j]);
   }
   check::threads(context);
+  check::counter(context);
   return backend_for(o.device);
 }
 
@@ -116,6 +118,7 @@ const Backend& check_all(const GemmODispatchArguments& a, const Context& context
     check::disjoint(a.out, "out", a.cached[i], kCached[i]);
   }
   check::threads(context);
+  check::counter(context);
   return backend_for(a.o.device);
 }
 

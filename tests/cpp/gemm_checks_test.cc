@@ -50,6 +50,12 @@ std::vector<Fault<A>> tile_faults() {
   };
 }
 
+Context odd_counter() {
+  Context context;
+  context.counter = reinterpret_cast<int32_t*>(6);
+  return context;
+}
+
 TEST_F(GemmChecks, Query) {
   using A = GemmQArguments;
   A a;
@@ -85,6 +91,7 @@ TEST_F(GemmChecks, Query) {
   a.tiles.cache = {}, a.tiles.tokens = 0;  // without symbols the joint sequence needs no length
   EXPECT_NO_THROW(run_operator(gemm_q_workspace, gemm_q, a));
   EXPECT_FAILS(gemm_q(a, Context{}), kRuntime, "workspace");
+  EXPECT_FAILS(gemm_q(a, odd_counter()), kRuntime, "counter");
 }
 
 TEST_F(GemmChecks, OutputUpdate) {
@@ -128,6 +135,7 @@ TEST_F(GemmChecks, OutputUpdate) {
   faults.insert(faults.end(), more.begin(), more.end());
   expect_faults<A>(a, faults, runner(gemm_o_update_workspace, gemm_o_update));
   EXPECT_FAILS(gemm_o_update(a, Context{}), kRuntime, "workspace");
+  EXPECT_FAILS(gemm_o_update(a, odd_counter()), kRuntime, "counter");
 }
 
 TEST_F(GemmChecks, OutputDispatch) {
@@ -155,6 +163,7 @@ TEST_F(GemmChecks, OutputDispatch) {
   faults.insert(faults.end(), more.begin(), more.end());
   expect_faults<A>(a, faults, runner(gemm_o_dispatch_workspace, gemm_o_dispatch));
   EXPECT_FAILS(gemm_o_dispatch(a, Context{}), kRuntime, "workspace");
+  EXPECT_FAILS(gemm_o_dispatch(a, odd_counter()), kRuntime, "counter");
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ struct GemmSizes {
   static constexpr uint32_t kStagingBytes = 64 * kWide * 2;  // the output of one consumer
 };
 
+/// GEMM-O's: its scheduler reads the bits themselves.
 struct NoPlan {};
 
 template <class Element_, class Tile_, class Plan = NoPlan>

@@ -16,8 +16,8 @@ inline constexpr int kGroupFeatures = 128;  // of a head, a tile
 inline constexpr int kMostSharers = 2;      // blocks of a cluster
 
 struct QTile {
-  int steps;  // kNoMoreWork ends the loop
-  int row[kMostBlocks], blocks;  // the first tokens of its row blocks, below 0 where rows lie before the matrix
+  int steps;                     // kNoMoreWork ends the loop
+  int row[kMostBlocks], blocks;  // first token of each row block, below 0 where rows lie before the matrix
   int feature, column, head, batch;  // feature: row of the weight; column: of the head
   bool wide;                         // more than 128 tokens
   bool one_panel;                    // 64 features or fewer: the consumers share them, and halve the tokens
@@ -30,7 +30,7 @@ struct QParameters {
   QProblem problem;
   unsigned char* tables;  // the blocks' plans, where shared memory does not hold them; or null
   int* counter;           // of claims
-  const void* bias;  // one a feature, or null
+  const void* bias;       // one a feature, or null
   uint64_t weight_policy;
   int steps, head_features;
   int sharers;

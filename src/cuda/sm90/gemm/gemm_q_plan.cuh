@@ -47,15 +47,19 @@ struct QPlanStorage {
 class QPlan {
  public:
   __device__ QPlan(const QProblem& p, void* table)
-      : p_(p), before_band_(static_cast<int*>(table)), before_(reinterpret_cast<uint16_t*>(before_band_ + p.bands + 2)) {}
+      : p_(p),
+        before_band_(static_cast<int*>(table)),
+        before_(reinterpret_cast<uint16_t*>(before_band_ + p.bands + 2)) {}
 
   /// Makes the table: by all `threads` threads of the block, who must meet before they read it.
   __device__ void make(int threads) {
     const int lists = p_.lists();
-    for (int i = threadIdx.x; i < p_.counts(); i += threads) before_[i] = i < lists ? 0 : active_in(i / lists - 1, i % lists);
+    for (int i = threadIdx.x; i < p_.counts(); i += threads)
+      before_[i] = i < lists ? 0 : active_in(i / lists - 1, i % lists);
     __syncthreads();
     for (int list = threadIdx.x; list < lists; list += threads)
-      for (int band = 1; band <= p_.bands; ++band) before_[band * lists + list] += before_[(band - 1) * lists + list];
+      for (int band = 1; band <= p_.bands; ++band)
+        before_[band * lists + list] += before_[(band - 1) * lists + list];
     __syncthreads();
     const int lane = threadIdx.x % 32;
     for (int band = threadIdx.x / 32; band <= p_.bands; band += threads / 32) {
@@ -86,8 +90,8 @@ class QPlan {
     return found;
   }
 
-  /// Writes the first tokens, of the matrix, of the active row blocks [first, last) of a list to row[0..]: a warp's
-  /// lanes together.
+  /// Writes the first token, in the matrix, of each of the active row blocks [first, last) of a list to row[0..]: a
+  /// warp's lanes together.
   __device__ void write_rows(int list, int first, int last, int* row) const {
     if (first >= last) return;
     const int lane = ptx_ops::lane_index(), batch = list / p_.heads, head = list - batch * p_.heads;
@@ -105,7 +109,7 @@ class QPlan {
 
  private:
   const QProblem& p_;
-  int* const before_band_;   // [bands + 1] wide items a group that begin before a band; then narrow ones
+  int* const before_band_;  // [bands + 1] wide items a group that begin before a band; then narrow ones
   uint16_t* const before_;  // [bands + 1, lists] active row blocks
 
   __device__ int before(int band, int list) const { return before_[band * p_.lists() + list]; }
