@@ -56,8 +56,9 @@ def gemm() -> int:
     q.append(
         gemm_problems.make_problem(torch.bfloat16, 900, 1, 128, 128, 1.0, for_q=True, width=1600)
     )  # split
-    # A plan that shared memory does not hold.
-    q.append(gemm_problems.make_problem(torch.bfloat16, 200, 50, 8, 400, 0.5, for_q=True, width=64, batch=20))
+    # A plan that shared memory does not hold; clusters that take several tiles each.
+    q.append(gemm_problems.make_problem(torch.bfloat16, 300, 50, 8, 400, 0.5, for_q=True, width=64, batch=20))
+    q.append(gemm_problems.make_problem(torch.bfloat16, 6000, 1, 6144, 6144, 0.5, for_q=True, width=64))
     o = [
         gemm_problems.make_problem(dtype, 400, 3, dim, 264, 0.5, past=40, order=1, **options)
         for dtype in (torch.bfloat16, torch.float16)

@@ -177,8 +177,9 @@ struct OLoader {
     }
   }
 
+  /// Rank 0's, who claims for both.
   __device__ void ask() {
-    if (leader) ptx_ops::arrive(shared.asked);
+    if (leader && rank == 0) ptx_ops::arrive(shared.asked);
   }
 
   __device__ void load_cached(const OTile& tile) {

@@ -106,7 +106,7 @@ struct QLoader {
       const int steps = tile.steps;
       if (steps == kNoMoreWork) return;
       for (int k = 0; k < steps; ++k, stages.advance()) {
-        if (leader && k == max(steps - Config::kStepsAhead, 0)) ptx_ops::arrive(shared.asked);
+        if (leader && rank == 0 && k == max(steps - Config::kStepsAhead, 0)) ptx_ops::arrive(shared.asked);
         stages.wait_empty(shared.stages);
         if (leader) copy(tile, k * Config::kStepK);
       }
