@@ -1,4 +1,4 @@
-// Bulk tensor copies (TMA) through the four-dimensional maps of sm90/tensor_map.h.
+// Bulk tensor copies (TMA) through the maps of sm90/tensor_map.h.
 #pragma once
 
 #include "src/cuda/ptx/mbarrier.cuh"
@@ -20,6 +20,21 @@ __device__ inline void tma_load(uint32_t destination, const void* map, uint64_t&
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
       "l"(map), "r"(shared_address(&barrier)), "r"(start.column), "r"(start.row), "r"(start.head),
+      "r"(start.batch), "l"(l2_policy)
+      : "memory");
+}
+
+/// By a map of panels.
+struct PanelBoxStart {
+  int row, panel, head, batch;
+};
+
+__device__ inline void tma_load_panels(uint32_t destination, const void* map, uint64_t& barrier, PanelBoxStart start,
+                                       uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(destination),
+      "l"(map), "r"(shared_address(&barrier)), "r"(0), "r"(start.row), "r"(start.panel), "r"(start.head),
       "r"(start.batch), "l"(l2_policy)
       : "memory");
 }

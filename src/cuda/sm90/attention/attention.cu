@@ -77,18 +77,23 @@ struct Layout {
   }
 };
 
-CUtensorMap map_of(const TensorView& t, bool ragged, int box_rows, const char* name) {
+MapView view_of(const TensorView& t, bool ragged) {
   const int d = t.ndim;
-  MapView view{t.data, t.dtype, ragged ? 1 : t.size(0), t.size(d - 3), t.size(d - 2), t.size(d - 1),
-               ragged ? 0 : t.strides[0], t.strides[d - 3], t.strides[d - 2]};
-  return make_tensor_map(view, box_rows, name);
+  return {t.data, t.dtype, ragged ? 1 : t.size(0), t.size(d - 3), t.size(d - 2), t.size(d - 1),
+          ragged ? 0 : t.strides[0], t.strides[d - 3], t.strides[d - 2]};
 }
 
-CUtensorMap summary_map(const TensorView& mean, DType dtype, void* data, int box_rows) {
+MapView view_of_summaries(const TensorView& mean, DType dtype, void* data) {
   const int64_t heads = mean.size(2), columns = mean.size(3);
-  return make_tensor_map({data, dtype, mean.size(0), mean.size(1), heads, columns, mean.size(1) * heads * columns,
-                          heads * columns, columns},
-                         box_rows, "k_mean");
+  return {data, dtype, mean.size(0), mean.size(1), heads, columns, mean.size(1) * heads * columns, heads * columns,
+          columns};
+}
+
+/// How the loader reads K, V and their summaries.
+CUtensorMap block_map(const MapView& view, const Problem& problem, int padded, const char* name) {
+  const int step = step_keys(padded, problem.block_q), rows = std::min(step, problem.block_kv);
+  if (!reads_panels(padded)) return make_tensor_map(view, rows, name);
+  return make_panel_map(view, rows, rows == step ? padded / 64 : 1, name);
 }
 
 void check_served(const AttentionArguments& a) {
@@ -104,16 +109,15 @@ AttentionParameters parameters_of(const AttentionArguments& a, const Problem& pr
                                   const Layout& layout, unsigned char* workspace) {
   const bool ragged = is_ragged(a);
   const int padded = padded_head_dim(a);
-  const int box = std::min(step_keys(padded, problem.block_q), problem.block_kv);
   AttentionParameters p{};
-  p.q = map_of(a.q, ragged, 64, "q");
-  p.out = map_of(a.out, ragged, 64, "out");
+  p.q = make_tensor_map(view_of(a.q, ragged), 64, "q");
+  p.out = make_tensor_map(view_of(a.out, ragged), 64, "out");
   const bool keys = problem.kv_tokens > 0;  // without any, no copy is made and any map does
-  p.k = keys ? map_of(a.k, ragged, box, "k") : p.q;
-  p.v = keys ? map_of(a.v, ragged, box, "v") : p.q;
+  p.k = keys ? block_map(view_of(a.k, ragged), problem, padded, "k") : p.q;
+  p.v = keys ? block_map(view_of(a.v, ragged), problem, padded, "v") : p.q;
   if (problem.summaries && keys) {
-    p.k_mean = summary_map(a.k_mean, a.q.dtype, workspace + layout.k_mean, box);
-    p.v_mean = summary_map(a.v_mean, a.q.dtype, workspace + layout.v_mean, box);
+    p.k_mean = block_map(view_of_summaries(a.k_mean, a.q.dtype, workspace + layout.k_mean), problem, padded, "k_mean");
+    p.v_mean = block_map(view_of_summaries(a.v_mean, a.q.dtype, workspace + layout.v_mean), problem, padded, "v_mean");
   }
   p.problem = problem, p.grouping = grouping;
   p.parts = reinterpret_cast<float4*>(workspace + layout.parts);

@@ -37,6 +37,9 @@ constexpr int step_keys(int head_dim, int block_q) {
   return head_dim == 256 || block_q == 64 ? 64 : 128;
 }
 
+/// Whether K and V are read by maps of panels, a block by one copy where it is a step's.
+constexpr bool reads_panels(int head_dim) { return head_dim == 128 || head_dim == 256; }
+
 /// CTAs an SM. Tiles of 64 rows have one consumer; a second CTA takes the place of the other where it fits.
 constexpr int ctas_an_sm(int head_dim, int block_q) {
   return block_q == 64 && head_dim <= 128 ? 2 : 1;
@@ -51,8 +54,8 @@ struct Tile {
   int summaries_before;  // summary steps of earlier parts
   int pieces;     // that the steps other than summaries read, one or two a step, those before `first` included
   int part, parts, split;  // this part of how many (1: a whole tile), and the tile's number among the split
-  int q_block, head, batch;
-  int q_row, rows;  // first row in the tensors, valid rows
+  int q_block, head, kv_head, batch;
+  int q_row, rows;  // first row in the tensors, valid rows: 0 of a tile of nothing
   int kv_row;       // of the sequence's first key
   int q_tokens, kv_tokens;  // of the sequence
 };
@@ -73,9 +76,13 @@ struct AttentionConfig {
   static constexpr int kBlockQ = kConsumerRows * kConsumers;
   static constexpr int kCtas = ctas_an_sm(kHeadDim, kBlockQ);
   static constexpr int kStep = step_keys(kHeadDim, kBlockQ);
+  static constexpr bool kReadsPanels = reads_panels(kHeadDim);
   static constexpr int kRingSlots = 5;
   static constexpr int kQuerySlots = kHeadDim == 256 && kConsumers == 2 ? 1 : 2;
   static constexpr bool kOverlapsTiles = kQuerySlots == 2;  // the next tile's query waits beside this one's
+  // A CTA begins with a tile of nothing, so that its first tile runs through the code between two tiles, which all
+  // others run through, and no code is fetched for it alone.
+  static constexpr bool kBeginsBetween = kOverlapsTiles && kConsumers == 2;
   static constexpr int kMaskSlots = kCtas == 2 ? 2 : 3;
   static constexpr int kTileSlots = 4, kTilesAhead = 3;  // claimed before they are stored
   static constexpr int kStepsAhead = 6;  // of a tile left to load when a patient manager claims the next one

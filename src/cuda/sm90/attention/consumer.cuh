@@ -18,8 +18,6 @@ struct Consumer {
   static constexpr int kQueryChunks = kHeadDim / 16, kKeyChunks = kStep / 16;  // of 16, what one wgmma reduces
   static constexpr uint32_t kQueryPanel = Config::kConsumerRows * 128, kKvPanel = kStep * 128;
   static constexpr bool kTakesTurns = Config::kConsumers == 2;
-  // A CTA's first tile runs through the code that stands between two tiles, or that would be fetched for it alone.
-  static constexpr bool kBeginsBetween = Config::kOverlapsTiles && Config::kConsumers == 2;
 
   Shared& shared;
   const AttentionParameters& p;
@@ -98,9 +96,8 @@ struct Consumer {
     return next_slot();
   }
 
-  // `nothing`: a product of whatever lies there, which nobody reads.
-  __device__ int issue_output(const Fragments& probabilities, bool accumulate, bool nothing = false) {
-    if (!nothing) blocks.wait_full(shared.blocks);
+  __device__ int issue_output(const Fragments& probabilities, bool accumulate) {
+    blocks.wait_full(shared.blocks);
     const uint32_t v =
         ptx_ops::descriptor_mn_major(ptx_ops::shared_address(shared.ring[blocks.slot()]), kKvPanel);
     ptx_ops::wgmma_fence();
@@ -109,7 +106,7 @@ struct Consumer {
       ptx_ops::Wgmma<Element, kHeadDim, ptx_ops::Major::kMN>::rs(
           output, probabilities[c], ptx_ops::descriptor(v + (c * 16 * 128 >> 4)), c > 0 || accumulate);
     ptx_ops::wgmma_commit();
-    return nothing ? 0 : next_slot();
+    return next_slot();
   }
 
   __device__ int next_slot() {
@@ -402,8 +399,14 @@ struct Consumer {
     }
   }
 
+  // As the one step of a tile of nothing leaves it.
+  __device__ void begin_with_nothing() {
+    softmax.row_sum[0] = softmax.row_sum[1] = 0;
+#pragma unroll
+    for (int i = 0; i < kKeyChunks; ++i) even[i][0] = even[i][1] = even[i][2] = even[i][3] = 0;
+  }
   // The current tile's first step, with nothing beside it.
-  __device__ void begin_alone() {
+  __device__ void begin() {
     const int slot = issue_scores();
     pass_turn();
     scores_ready<0>(slot);
@@ -427,45 +430,34 @@ struct Consumer {
   }
 
   __device__ void run() {
+    if constexpr (Config::kBeginsBetween) begin_with_nothing();
     for (take_tile(); current().steps != kNoMoreTiles; take_tile()) {
       wait_query();
       if (current().steps == 0) {
         finish_empty();
         continue;
       }
-      bool begins = kBeginsBetween && whole_steps(current()) > 0;
-      if (!begins) begin_alone();
+      if (!Config::kBeginsBetween || taken > 1) begin();
 
-      for (int n = 1;; begins = false) {
-        bool accumulate = false;
-        if (!begins) {
-          remaining_steps(n);
-          wait_next_tile();
-          if (!next_overlaps()) {
-            finish_alone();
-            break;
-          }
-          accumulate = current().steps > 1;
-          ++taken;
-          wait_query();
+      for (int n = 1;;) {
+        remaining_steps(n);
+        wait_next_tile();
+        if (!next_overlaps()) {
+          finish_alone();
+          break;
         }
         // The next tile's first step runs with this tile's last product, and this tile's epilogue under the
         // scores of the next tile's second step.
-        const int k_slot = issue_scores(), v_slot = issue_output(even, accumulate, begins);
+        const bool accumulate = current().steps > 1;
+        ++taken;
+        wait_query();
+        const int k_slot = issue_scores(), v_slot = issue_output(even, accumulate);
         pass_turn();
-        Inverse inverse{};
-        if (!begins) inverse = close(shared.tile[tile_slot(1)]);
+        const Inverse inverse = close(shared.tile[tile_slot(1)]);
         scores_ready<1>(k_slot);
         first_softmax<false>(false, odd);
-        if (begins) {
-          ptx_ops::wgmma_wait<0>();
-          ptx_ops::pin(output);
-        } else {
-          output_ready(v_slot);
-        }
-        const auto write = [&] {
-          if (!begins) write_output(1, inverse);
-        };
+        output_ready(v_slot);
+        const auto write = [&] { write_output(1, inverse); };
         if (whole_steps(current()) == 1) {
           write();
           ptx_ops::move_registers(even, odd);

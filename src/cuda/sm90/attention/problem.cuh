@@ -19,8 +19,13 @@ struct Problem {
   const int32_t* block_len;             // [kv_blocks] or null
   const uint32_t* partial;  // with block_len: a bit a block that holds fewer tokens than slots (the plan's)
   int batch, heads, q_tokens, kv_tokens;  // tokens of a sequence, or of the whole ragged batch
-  int block_q, block_kv;
+  int block_q, block_kv;  // 64 or 128
   bool causal, summaries;
+
+  /// Blocks that `tokens` fill. By shifts: the divisors are known at run time only.
+  __device__ int whole_kv_blocks(int tokens) const { return tokens >> (31 - __clz(block_kv)); }
+  __device__ int kv_blocks(int tokens) const { return whole_kv_blocks(tokens + block_kv - 1); }
+  __device__ int q_blocks(int tokens) const { return (tokens + block_q - 1) >> (31 - __clz(block_q)); }
 
   __device__ Sequence sequence(int b) const {
     if (q_indptr == nullptr) return {0, q_tokens, 0, kv_tokens};
@@ -43,15 +48,15 @@ struct TileBlocks {
 
   __device__ TileBlocks(const Problem& p, int q_tokens, int kv_tokens, int batch, int head, int q_block)
       : batch(batch) {
-    kv_blocks = (kv_tokens + p.block_kv - 1) / p.block_kv;
+    kv_blocks = p.kv_blocks(kv_tokens);
     first_bit = (int64_t(q_block) * p.heads + head) * kv_blocks;
     const int first_row = q_block * p.block_q, last_row = min(first_row + p.block_q, q_tokens) - 1;
     diagonal = first_row + kv_tokens - q_tokens;
-    visible = kv_blocks, whole = kv_tokens / p.block_kv;
+    visible = kv_blocks, whole = p.whole_kv_blocks(kv_tokens);
     if (p.causal) {
       const int last_seen = last_row + kv_tokens - q_tokens;
-      visible = (max(last_seen + 1, 0) + p.block_kv - 1) / p.block_kv;
-      whole = min(whole, max(diagonal + 1, 0) / p.block_kv);
+      visible = p.kv_blocks(max(last_seen + 1, 0));
+      whole = min(whole, p.whole_kv_blocks(max(diagonal + 1, 0)));
     }
   }
   /// Of what the manager published.
@@ -102,10 +107,9 @@ struct Grouping {
   __device__ int base(const Problem& p, int region) const {
     const int group = first_group(region), b = group / groups_a_sequence;
     const int head = group % groups_a_sequence * heads_a_group;
-    const int blocks = (p.q_tokens + p.block_q - 1) / p.block_q;
-    if (p.q_indptr == nullptr) return (b * p.heads + head) * blocks;
+    if (p.q_indptr == nullptr) return (b * p.heads + head) * p.q_blocks(p.q_tokens);
     const Sequence s = p.sequence(b);
-    return (s.q_row / p.block_q + b) * p.heads + head * ((s.q_tokens + p.block_q - 1) / p.block_q);
+    return (s.q_row / p.block_q + b) * p.heads + head * p.q_blocks(s.q_tokens);
   }
 };
 

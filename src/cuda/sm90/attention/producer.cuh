@@ -30,9 +30,11 @@ struct Manager {
   __device__ Manager(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
 
   __device__ void run() {
+    bool nothing = Config::kBeginsBetween;  // waits too
+    if (nothing) publish_nothing();
     const int work = survey();
     int waiting = 0;  // tiles published and not yet stored
-    for (bool more = true; more || waiting > 0;) {
+    for (bool more = true; more || waiting > 0 || nothing;) {
       while (more && waiting < (claimed < patient_from ? Config::kTilesAhead : 2)) {
         if (!has_claim) {
           await_loader();
@@ -43,7 +45,7 @@ struct Manager {
         waiting += more, tiles_to_query += more;
         load_queries();
       }
-      if (waiting > 0) store(), --waiting;
+      if (nothing || waiting > 0) store(), waiting -= !nothing, nothing = false;
       load_queries();
     }
     if (leader) ::cuda::ptx::cp_async_bulk_wait_group(::cuda::ptx::n32_t<0>{});
@@ -86,6 +88,17 @@ struct Manager {
     const int end = region_end(region), mine = __ffs(__ballot_sync(ptx_ops::kWholeWarp, tile < end)) - 1;
     const int before = __shfl_sync(ptx_ops::kWholeWarp, end - region.items, mine);
     return p.items[p.grouping.base(p.problem, mine) + tile - before];
+  }
+
+  /// A tile of one step, of which nothing is loaded or stored.
+  __device__ void publish_nothing() {
+    Tile& tile = shared.tile[published.slot()];
+    if (leader) tile.steps = tile.parts = 1, tile.masked = tile.rows = 0;
+    if (leader) ptx_ops::arrive(shared.queries[queries.slot()]);
+    __syncwarp();
+    ptx_ops::arrive(shared.tiles.full[published.slot()]);
+    published.advance(), to_query.advance(), queries.advance();
+    --free_queries, ++tiles_published;
   }
 
   __device__ void publish(bool more) {
@@ -146,7 +159,7 @@ struct Manager {
     tile.summaries = min(last - first, max(last - (steps - summaries), 0));
     tile.pieces = masked + whole, tile.summaries_before = max(first - (steps - summaries), 0);
     tile.part = part, tile.parts = parts, tile.split = split_tile;
-    tile.q_block = item.q_block, tile.head = head, tile.batch = batch;
+    tile.q_block = item.q_block, tile.head = head, tile.kv_head = head / p.kv_group, tile.batch = batch;
     tile.rows = min(sequence.q_tokens - item.q_block * Config::kBlockQ, Config::kBlockQ);
     tile.q_row = sequence.q_row + item.q_block * Config::kBlockQ, tile.kv_row = sequence.kv_row;
     tile.q_tokens = sequence.q_tokens, tile.kv_tokens = sequence.kv_tokens;
@@ -168,8 +181,8 @@ struct Manager {
 #pragma unroll
       for (int panel = 0; panel < Config::kPanels; ++panel)
         ptx_ops::tma_load(
-            ptx_ops::shared_address(shared.query[queries.slot()][i]) + panel * Config::kConsumerRows * 128, &p.q,
-            full, {64 * panel, tile.q_row + i * Config::kConsumerRows, tile.head, ragged ? 0 : tile.batch},
+            ptx_ops::shared_address(shared.query[queries.slot()][i]) + panel * Config::kConsumerRows * 128, &p.q, full,
+            {64 * panel, tile.q_row + i * Config::kConsumerRows, tile.head, ragged ? 0 : tile.batch},
             ptx_ops::kEvictFirst);
   }
 
@@ -177,7 +190,7 @@ struct Manager {
   __device__ void store() {
     const auto& tile = shared.tile[stored.slot()];
     const int row = tile.q_row, rows = tile.rows, head = tile.head, batch = ragged ? 0 : tile.batch;
-    const bool whole = tile.parts == 1;  // of a split tile, a consumer writes the output
+    const bool whole = tile.parts == 1 && rows > 0;  // of a split tile, a consumer writes the output
     ptx_ops::named_barrier_sync(kOutputStaged0 + outputs.slot(), Config::kStoreThreads);
     if (!whole) {
     } else if (ragged && rows < Config::kBlockQ) {
@@ -220,41 +233,42 @@ struct Manager {
 template <class Config>
 struct Pieces {
   static constexpr int kChunk = 32;  // words
+  static constexpr bool kHalves = Config::kStep < 128;  // a block may be two pieces
   const Problem& problem;
   const Tile& tile;
   bool partial = false;
-  int chunk = -1, half = 0, block = 0;        // chunk: of the bits that `words` holds; half: pieces left of block
+  int chunk, half = 0, block = 0;             // chunk: of the bits that `words` holds; half: pieces left of block
   uint32_t words = 0, word = 0, waiting = 0;  // this lane's word; the current word; a bit a word still to come
   int base = 0;                               // first block of the current word
 
-  __device__ Pieces(const Problem& problem, const Tile& tile) : problem(problem), tile(tile) {
-    chunk = chunks(TileBlocks(problem, tile));
-  }
+  __device__ Pieces(const Problem& problem, const Tile& tile)
+      : problem(problem), tile(tile), chunk(chunks(TileBlocks(problem, tile))) {}
 
   /// The position of the next piece in its sequence. There must be one.
   __device__ int next() {
-    if (half > 0) return block * problem.block_kv + --half * Config::kStep;
-    while (word == 0) {
-      while (waiting == 0) fetch();
-      const int source = 31 - __clz(waiting);
-      waiting ^= 1u << source;
-      word = __shfl_sync(ptx_ops::kWholeWarp, words, source);
-      base = (chunk * kChunk + source) * kBitsAWord;
-    }
+    if (kHalves && half > 0) return block * problem.block_kv + --half * Config::kStep;
+    while (word == 0) next_word();
     const int bit = 31 - __clz(word);
     word ^= 1u << bit;
     block = base + bit;
-    if (problem.block_kv > Config::kStep) half = problem.block_kv / Config::kStep - 1;
+    if (kHalves && problem.block_kv > Config::kStep) half = 1;
     return block * problem.block_kv + half * Config::kStep;
   }
 
  private:
   __device__ static int chunks(const TileBlocks& blocks) { return (blocks.words() + kChunk - 1) / kChunk; }
+  __device__ void next_word() {
+    while (waiting == 0) fetch();
+    const int source = 31 - __clz(waiting);
+    waiting ^= 1u << source;
+    word = __shfl_sync(ptx_ops::kWholeWarp, words, source);
+    base = (chunk * kChunk + source) * kBitsAWord;
+  }
   __device__ void fetch() {
     const TileBlocks blocks(problem, tile);
     if (chunk == 0) partial = true, chunk = chunks(blocks);
     --chunk;
-    const int w = chunk * kChunk + threadIdx.x % 32;
+    const int w = chunk * kChunk + ptx_ops::lane_index();
     words = 0;
     if (w < blocks.words()) {
       const uint32_t mask = blocks.partial(problem, w);
@@ -264,7 +278,8 @@ struct Pieces {
   }
 };
 
-/// Walks a tile's blocks and keeps the ring full.
+/// Walks a tile's blocks and keeps the ring full. The consumers wait for it if a step costs it more than them, so
+/// whole blocks have a loop of their own.
 template <class Config>
 struct Loader {
   using Shared = typename Config::Shared;
@@ -281,58 +296,73 @@ struct Loader {
 
   /// What one step reads: one or two runs of keys.
   struct Step {
-    int row[2], valid[2];  // first token of each run, and how many of its slots hold keys
+    int row[2];  // first token of each run
+    int valid;   // if dirty: how many of each run's slots hold keys, the second's 16 bits up
     int head, batch;
     bool summary, dirty;  // dirty: slots without keys may hold what is not ours, and are zeroed
   };
   Step pending;  // its V is still to be loaded
-  bool has_pending = false, after_part = false;
-  int tiles_taken = 0;
+  bool has_pending = false, after_part = false, nothing = Config::kBeginsBetween;  // nothing: as pending
   uint32_t silent = 0;  // a bit a block whose summary does not count: those that are selected or do not exist
 
   __device__ Loader(Shared& shared, const AttentionParameters& p) : shared(shared), p(p) {}
 
   __device__ int run_rows() const { return min(p.problem.block_kv, kStep); }
-  __device__ bool two_runs() const { return p.problem.block_kv < kStep; }
+  __device__ bool two_runs() const { return kStep == 128 && p.problem.block_kv < kStep; }
 
   __device__ void copy(const CUtensorMap& map, const Step& step, uint64_t& barrier) {
     const uint32_t to = ptx_ops::shared_address(shared.ring[blocks.slot()]);
     ptx_ops::arrive_expect_bytes(barrier, Config::kStepBytes);
+    if (Config::kReadsPanels && !two_runs()) {
+      ptx_ops::tma_load_panels(to, &map, barrier, {step.row[0], 0, step.head, step.batch}, ptx_ops::kEvictLast);
+      return;
+    }
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      ptx_ops::tma_load(to + panel * kStep * 128, &map, barrier, {64 * panel, step.row[0], step.head, step.batch},
-                        ptx_ops::kEvictLast);
-      if (two_runs())
-        ptx_ops::tma_load(to + (panel * kStep + kStep / 2) * 128, &map, barrier,
-                          {64 * panel, step.row[1], step.head, step.batch}, ptx_ops::kEvictLast);
+      copy_panel(to + panel * kStep * 128, map, panel, step, step.row[0], barrier);
+      if (two_runs()) copy_panel(to + (panel * kStep + kStep / 2) * 128, map, panel, step, step.row[1], barrier);
     }
   }
-
-  __device__ void load_k(const Step& step) { load(step.summary ? p.k_mean : p.k, step); }
+  __device__ void copy_panel(uint32_t to, const CUtensorMap& map, int panel, const Step& step, int row,
+                             uint64_t& barrier) {
+    if constexpr (Config::kReadsPanels)
+      ptx_ops::tma_load_panels(to, &map, barrier, {row, panel, step.head, step.batch}, ptx_ops::kEvictLast);
+    else
+      ptx_ops::tma_load(to, &map, barrier, {64 * panel, row, step.head, step.batch}, ptx_ops::kEvictLast);
+  }
 
   // V follows the K of the next step, of the next tile too: the order in which the consumers need them.
   __device__ void load_pending_v() {
+    if (nothing) load_nothing();
     if (!has_pending) return;
     has_pending = false;
     load(pending.summary ? p.v_mean : p.v, pending);
+  }
+
+  /// A block that nobody has written: the V of a tile of nothing.
+  __device__ void load_nothing() {
+    if (leader) ptx_ops::arrive(shared.blocks.full[blocks.slot()]);
+    blocks.advance();
+    nothing = false;
   }
 
   __device__ void load(const CUtensorMap& map, const Step& step) {
     blocks.wait_empty(shared.blocks);
     uint64_t& full = shared.blocks.full[blocks.slot()];
     if (leader) copy(map, step, step.dirty ? shared.landing : full);
-    if (step.dirty) {
-      // Neither -inf in a mask nor a probability of 0 silences a NaN: blocks are handed on when their slots
-      // without keys are zero.
-      ptx_ops::wait_parity(shared.landing, landing_phase);
-      landing_phase ^= 1;
-      zero_rows(step.valid[0], run_rows());
-      if (two_runs()) zero_rows(kStep / 2 + step.valid[1], kStep);
-      ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-      __syncwarp();
-      if (leader) ptx_ops::arrive(full);
-    }
+    if (step.dirty) [[unlikely]] clean(step, full);
     blocks.advance();
+  }
+  /// Neither -inf in a mask nor a probability of 0 silences a NaN: blocks are handed on when their slots without
+  /// keys are zero.
+  __device__ void clean(const Step& step, uint64_t& full) {
+    ptx_ops::wait_parity(shared.landing, landing_phase);
+    landing_phase ^= 1;
+    zero_rows(step.valid & 0xffff, run_rows());
+    if (two_runs()) zero_rows(kStep / 2 + (step.valid >> 16), kStep);
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+    __syncwarp();
+    if (leader) ptx_ops::arrive(full);
   }
   __device__ void zero_rows(int first, int last) {
     uint32_t* words = reinterpret_cast<uint32_t*>(shared.ring[blocks.slot()]);
@@ -358,7 +388,7 @@ struct Loader {
   }
   /// Keys in the piece at `position`.
   __device__ int piece_length(const Tile& of, int position) const {
-    const int block = position / p.problem.block_kv, within = position % p.problem.block_kv;
+    const int block = p.problem.whole_kv_blocks(position), within = position & (p.problem.block_kv - 1);
     return min(max(block_length(of, block) - within, 0), run_rows());
   }
 
@@ -382,7 +412,7 @@ struct Loader {
     const int diagonal = TileBlocks(p.problem, tile).diagonal;
     const auto term = [&](int column) {
       const bool second = two_runs() && column >= kStep / 2;
-      return column - (second ? kStep / 2 : 0) < (second ? step.valid[1] : step.valid[0]) ? 0.0f : -INFINITY;
+      return column - (second ? kStep / 2 : 0) < (second ? step.valid >> 16 : step.valid & 0xffff) ? 0.0f : -INFINITY;
     };
     const int limit0 = p.problem.causal ? diagonal - position0 : kEverythingSeen;
     const int limit1 = two_runs() ? diagonal - position1 : limit0 - 64;
@@ -390,46 +420,60 @@ struct Loader {
   }
 
   __device__ void walk(const Tile& tile) {
-    const bool ragged = p.problem.q_indptr != nullptr;
-    const int batch = ragged ? 0 : tile.batch;
     Pieces<Config> pieces(p.problem, tile);
     const int pieces_before = min(tile.first * (two_runs() ? 2 : 1), tile.pieces);
     for (int i = 0; i < pieces_before; ++i) pieces.next();
     int left = tile.pieces - pieces_before;
-    const int summaries_before = tile.summaries_before;
+    const int steps = tile.steps, whole = steps - tile.masked, kv_row = tile.kv_row;
     Step step{};
-    step.head = tile.head / p.kv_group, step.batch = batch;
-    for (int n = 0; n < tile.steps; ++n) {
-      if (n == tile.steps - Config::kStepsAhead) tell_near_end();
-      const int summary = n - (tile.steps - tile.summaries);
-      step.summary = summary >= 0, step.dirty = false;
-      if (step.summary) {
-        step.row[0] = (summaries_before + summary) * kStep, step.row[1] = step.row[0] + kStep / 2;
-        mask_summaries(tile, step.row[0], summary == 0);
+    step.head = tile.kv_head, step.batch = p.problem.q_indptr != nullptr ? 0 : tile.batch;
+    for (int n = 0; n < steps; ++n) {
+      if (n == steps - Config::kStepsAhead) tell_near_end();
+      if (n < whole) [[likely]] {
+        step.row[0] = kv_row + pieces.next(), --left;
+        if (two_runs()) step.row[1] = kv_row + pieces.next(), --left;
       } else {
-        const int position0 = pieces.next();
-        const bool lone = --left == 0;  // the last of an odd number: beside it any keys, none of which counts
-        int position1 = position0;
-        if (two_runs() && !lone) position1 = pieces.next(), --left;
-        step.row[0] = tile.kv_row + position0, step.row[1] = tile.kv_row + position1;
-        if (n >= tile.steps - tile.masked) {
-          step.valid[0] = piece_length(tile, position0);
-          step.valid[1] = lone ? 0 : piece_length(tile, position1);
-          step.dirty = ragged || p.problem.block_len != nullptr;
-          mask_blocks(tile, step, position0, position1);
-        }
+        take_masked(tile, n - (steps - tile.summaries), pieces, left, step);
       }
-      load_k(step);
+      load(step.summary ? p.k_mean : p.k, step);
       load_pending_v();
       pending = step, has_pending = true;
     }
   }
 
+  /// A step that needs a mask: of summaries, if there are as many before it as `summary`, or of pieces.
+  __device__ void take_masked(const Tile& tile, int summary, Pieces<Config>& pieces, int& left, Step& step) {
+    step.summary = summary >= 0, step.dirty = false;
+    if (step.summary) {
+      step.row[0] = (tile.summaries_before + summary) * kStep, step.row[1] = step.row[0] + kStep / 2;
+      mask_summaries(tile, step.row[0], summary == 0);
+      return;
+    }
+    const int position0 = pieces.next();
+    const bool lone = --left == 0;  // the last of an odd number: beside it any keys, none of which counts
+    int position1 = position0;
+    if (two_runs() && !lone) position1 = pieces.next(), --left;
+    step.row[0] = tile.kv_row + position0, step.row[1] = tile.kv_row + position1;
+    const int valid0 = piece_length(tile, position0), valid1 = lone ? 0 : piece_length(tile, position1);
+    step.valid = valid0 | valid1 << 16;
+    step.dirty = p.problem.q_indptr != nullptr || p.problem.block_len != nullptr;
+    mask_blocks(tile, step, position0, position1);
+  }
+
   __device__ void tell_near_end() {
-    if (leader) atomicExch(&shared.near_end, tiles_taken);
+    if (leader) atomicAdd(&shared.near_end, 1);
+  }
+
+  __device__ void take_nothing() {
+    tiles.wait_full(shared.tiles);
+    __syncwarp();
+    if (leader) ptx_ops::arrive(shared.tiles.empty[tiles.slot()]);
+    tiles.advance();
+    tell_near_end();
   }
 
   __device__ void run() {
+    if (nothing) take_nothing();
     for (;; tiles.advance()) {
       tiles.wait_full(shared.tiles);
       const Tile& tile = shared.tile[tiles.slot()];
@@ -437,7 +481,6 @@ struct Loader {
       // Where the consumers do not overlap two tiles, they want the first one's V before the second one's K.
       if (!Config::kOverlapsTiles || after_part || tile.steps == tile.masked) load_pending_v();
       after_part = tile.parts > 1;
-      ++tiles_taken;
       if (tile.steps < Config::kStepsAhead) tell_near_end();
       walk(tile);
       __syncwarp();
