@@ -23,8 +23,8 @@ struct MapView {
 /// `argument` names the tensor.
 CUtensorMap make_tensor_map(const MapView& view, int box_rows, const char* argument);
 
-/// The same of columns that are whole panels, as [batch, token, head, panel, 64]: a box is `box_panels` panels, one
-/// after the other.
+/// The same of columns that are whole panels, as [batch, token, head, panel, 64]: a box is `box_panels`
+/// panels, one after the other.
 CUtensorMap make_panel_map(const MapView& view, int box_rows, int box_panels, const char* argument);
 
 }  // namespace flashomni::cuda::sm90

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "src/cuda/sm90/attention/consumer.cuh"
-#include "src/cuda/sm90/attention/producer.cuh"
+#include "src/cuda/sm90/attention/loader.cuh"
+#include "src/cuda/sm90/attention/manager.cuh"
 #include "flashomni/tensor.h"
 #include "src/cuda/sm90/launch.h"
 

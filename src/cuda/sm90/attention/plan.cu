@@ -31,7 +31,7 @@ struct Group {
         batch(index / grouping.groups_a_sequence),
         first_head(index % grouping.groups_a_sequence * grouping.heads_a_group),
         sequence(problem.sequence(batch)) {
-    q_blocks = (sequence.q_tokens + problem.block_q - 1) / problem.block_q;
+    q_blocks = problem.q_blocks(sequence.q_tokens);
     const bool last = index % grouping.groups_a_sequence == grouping.groups_a_sequence - 1;
     tiles = (last ? problem.heads - first_head : grouping.heads_a_group) * q_blocks;
   }
@@ -41,7 +41,7 @@ struct Group {
     if (!(problem.cache.word(batch, int64_t(q_block) * problem.heads + head) & 1)) return -1;
     return TileBlocks(problem, sequence.q_tokens, sequence.kv_tokens, batch, head, q_block).count_selected(problem);
   }
-  __device__ int kv_blocks() const { return (sequence.kv_tokens + problem.block_kv - 1) / problem.block_kv; }
+  __device__ int kv_blocks() const { return problem.kv_blocks(sequence.kv_tokens); }
   __device__ Item item(int tile) const {
     return {tile % q_blocks, batch * problem.heads + first_head + tile / q_blocks};
   }
@@ -49,7 +49,7 @@ struct Group {
 
 /// Bit j: block j holds fewer tokens than slots.
 __device__ void write_partial(const Problem& problem, uint32_t* partial) {
-  const int blocks = (problem.kv_tokens + problem.block_kv - 1) / problem.block_kv;
+  const int blocks = problem.kv_blocks(problem.kv_tokens);
   for (int w = threadIdx.x; w * kBitsAWord < blocks; w += kThreads) {
     uint32_t word = 0;
     for (int bit = 0; bit < kBitsAWord && w * kBitsAWord + bit < blocks; ++bit)
