@@ -220,7 +220,7 @@ struct Loader {
     }
   }
 
-  /// A step that needs a mask: of summaries, if there are as many before it as `summary`, or of pieces.
+  /// A step that needs a mask: summaries, of which `summary` says which step it is, or pieces where that is below 0.
   __device__ void take_masked(const Tile& tile, int summary, Pieces<Config>& pieces, int& left, Step& step) {
     step.summary = summary >= 0, step.dirty = false;
     if (step.summary) {
